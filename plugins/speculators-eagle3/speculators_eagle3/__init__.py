@@ -1,0 +1,226 @@
+"""Convert EAGLE-3 draft heads, as SafeAILab/EAGLE, SpecForge, ModelOpt and others save them.
+
+``fc`` joins hidden states from several depths of the verifier (three in the paper), one decoder layer
+called ``midlayer`` reads token embeddings and hidden state side by side, and the head has an LM head
+of its own, usually over a smaller draft vocabulary that ``d2t`` and ``t2d`` map to the verifier's.
+Sources: ``eagle/model/cnets.py`` of SafeAILab/EAGLE; for ``fc_norm`` and ``norm_output`` (EAGLE-3.1)
+SpecForge; for ``input_norm`` (``norm_before_fc``) and the names ``layers.{i}`` NVIDIA's ModelOpt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+import speculators
+from speculators import (
+    Checkpoint,
+    Context,
+    ConverterSpec,
+    Derive,
+    Facts,
+    Keep,
+    Refuse,
+    Rename,
+    Row,
+    Shared,
+    SpeculatorConfig,
+    Table,
+    decoder,
+    hookimpl,
+    match,
+)
+from speculators_eagle3 import facts as eagle3_facts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _output_bias(source: str, target: str) -> Rename:
+    # Engines know biases on all four projections or on none. Zeros compute the same as no bias.
+    return Rename(
+        f"{source}self_attn.o_proj.bias",
+        f"{target}self_attn.o_proj.bias",
+        "H",
+        part="qkv_bias",
+        derive=Derive(
+            "speculators.decoder:zeros",
+            (f"{target}self_attn.q_proj.bias",),
+            "zeros, as engines that have q, k and v biases expect an output bias too",
+        ),
+    )
+
+
+FULL_VOCABULARY = "the draft vocabulary is the verifier's, so the map is the identity"
+
+ROWS: tuple[Row, ...] = (
+    Keep("fc.weight", "H, naux*TH"),
+    Keep("fc_norm.{0:naux}.weight", "TH", part="fc_norm"),
+    Keep("input_norm.weight", "naux*TH", part="norm_before_fc"),
+    Rename("(midlayer|layers.0).hidden_norm.weight", "layers.0.hidden_norm.weight", "H"),
+    Rename("(midlayer|layers.0).input_layernorm.weight", "layers.0.input_layernorm.weight", "H"),
+    *decoder.layer_rows("(midlayer|layers.0).", "layers.0.", width="2*H"),
+    _output_bias("(midlayer|layers.0).", "layers.0."),
+    Keep("layers.{1:L}.input_layernorm.weight", "H"),
+    *decoder.layer_rows("layers.{1:L}.", "layers.{1:L}."),
+    _output_bias("layers.{1:L}.", "layers.{1:L}."),
+    Keep("norm.weight", "H"),
+    Shared("lm_head.weight", "lm_head.weight", "DV, H", verifier="lm_head"),
+    Keep(
+        "d2t",
+        "DV",
+        part="draft_vocabulary",
+        dtypes=("I64", "I32"),
+        unless=FULL_VOCABULARY,
+        derive=Derive("speculators_eagle3.vocabulary:offsets", ("t2d",), "made from t2d"),
+    ),
+    Keep(
+        "t2d",
+        "V",
+        part="draft_vocabulary",
+        dtypes=("BOOL",),
+        unless=FULL_VOCABULARY,
+        derive=Derive("speculators_eagle3.vocabulary:mask", ("d2t",), "made from d2t"),
+    ),
+    Shared("embed_tokens.weight", "embed_tokens.weight", "V, H", verifier="embed_tokens"),
+    Refuse("mask_hidden", "a P-EAGLE draft (parallel drafting) is not EAGLE-3; it needs an algorithm of its own"),
+    *decoder.RECOMPUTED_ROWS,
+    *decoder.UNSUPPORTED_ROWS,
+)
+TABLE = Table(ROWS, prefixes=("model.", "module.", "draft_model.", "ea_layer."))
+
+
+class Eagle3Options(decoder.DraftOptions):
+    """Options of EAGLE-3."""
+
+    norm_before_residual: bool | None = Field(
+        default=None,
+        description="Whether the residual starts after hidden_norm (false when neither given nor in config.json).",
+    )
+    norm_before_fc: bool | None = Field(
+        default=None, description="Whether input_norm is applied to the joined states before fc; seen in the tensors."
+    )
+    fc_norm: bool | None = Field(
+        default=None, description="Whether each verifier state has a norm of its own before fc; seen in the tensors."
+    )
+    norm_output: bool | None = Field(
+        default=None,
+        description="Whether states are fed back after the final norm (false when neither given nor in config.json).",
+    )
+    eagle_aux_hidden_state_layer_ids: list[int] | None = Field(
+        default=None,
+        description="Verifier layers whose inputs fc joins (2, n/2 and n-3 of n when neither given nor in config.json).",
+    )
+
+
+class Eagle3Config(SpeculatorConfig):
+    """The output type ``eagle3``, field for field as speculators 0.9 and vLLM know it."""
+
+    speculators_model_type: Literal["eagle3"] = "eagle3"
+    architectures: list[str] = Field(default=["Eagle3Speculator"])
+    norm_before_residual: bool
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm exclude each other")
+        return self
+
+    @property
+    def state_count(self) -> int:
+        """How many hidden states of the verifier ``fc`` joins."""
+        return int((self.transformer_layer_config.model_extra or {}).get("num_aux_hidden_states", 3))
+
+    @property
+    def state_size(self) -> int:
+        """Hidden size of the verifier."""
+        return self.target_hidden_size or self.transformer_layer_config.hidden_size
+
+
+class Eagle3(ConverterSpec):
+    """EAGLE-3 and 3.1."""
+
+    interface = 1
+    name = "eagle3"
+    summary = "EAGLE-3 and 3.1 draft heads (SafeAILab/EAGLE, SpecForge, ModelOpt, ...)"
+    reference = "https://arxiv.org/abs/2503.01840"
+    table = TABLE
+    options = Eagle3Options
+    config = Eagle3Config
+    buffers = ("d2t", "t2d")
+
+    def recognises(self, source: Checkpoint) -> bool:
+        """A first layer that norms embeddings and states apart, or the architecture's name."""
+        moves = match(TABLE, source.tensors).moves
+        architectures = source.config.get("architectures") or []
+        return (
+            "layers.0.hidden_norm.weight" in moves
+            or any("midlayer." in name for name in source.tensors)
+            or any("eagle3" in str(architecture).lower() for architecture in architectures)
+        )
+
+    def examine(self, context: Context) -> Facts:
+        """Sizes, draft vocabulary, norms and layer ids; see `speculators_eagle3.facts`."""
+        return eagle3_facts.examine(TABLE, context)
+
+    def configure(self, context: Context, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
+        """Build the config of type ``eagle3``."""
+        dtype = decoder.draft_dtype(context)
+        layer, notes = decoder.layer_config(context, facts, dtype)
+        if facts.dims["naux"] != 3:
+            # Where vLLM looks for it (vllm/model_executor/models/llama_eagle3.py); three is its default.
+            layer = layer.model_copy(update={"num_aux_hidden_states": facts.dims["naux"]})
+        config = Eagle3Config(
+            speculators_version=speculators.__version__,
+            speculators_config=decoder.speculators_block(context, "eagle3"),
+            transformer_layer_config=layer,
+            draft_vocab_size=facts.dims["DV"],
+            target_hidden_size=facts.dims["TH"],
+            dtype=dtype,
+            norm_before_residual=eagle3_facts.flag(context, "norm_before_residual"),
+            norm_before_fc="norm_before_fc" in facts.parts,
+            fc_norm="fc_norm" in facts.parts,
+            norm_output=eagle3_facts.flag(context, "norm_output"),
+            eagle_aux_hidden_state_layer_ids=eagle3_facts.layer_ids(context),
+        )
+        return config, notes
+
+    def dims(self, config: SpeculatorConfig) -> Mapping[str, int]:
+        """Sizes of the layers, the draft vocabulary and the verifier's states."""
+        own = cast("Eagle3Config", config)
+        return decoder.config_dims(own.transformer_layer_config) | {
+            "DV": own.draft_vocab_size,
+            "TH": own.state_size,
+            "naux": own.state_count,
+        }
+
+    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+        """Biases, norms before ``fc``, and the vocabulary maps unless the vocabulary is full."""
+        own = cast("Eagle3Config", config)
+        flags = {
+            "norm_before_fc": own.norm_before_fc,
+            "fc_norm": own.fc_norm,
+            "draft_vocabulary": own.draft_vocab_size != own.transformer_layer_config.vocab_size,
+        }
+        return frozenset(
+            decoder.config_parts(own.transformer_layer_config) | {part for part, on in flags.items() if on}
+        )
+
+    def build(self, config: SpeculatorConfig) -> nn.Module:
+        """Build the draft model."""
+        from speculators_eagle3.draft import Eagle3Draft
+
+        return Eagle3Draft(cast("Eagle3Config", config))
+
+
+@hookimpl
+def register_converter() -> type[ConverterSpec]:
+    """Bring the algorithm ``eagle3``."""
+    return Eagle3

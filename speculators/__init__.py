@@ -1,0 +1,112 @@
+"""Turn speculative-decoding draft models into one standard format that inference engines serve.
+
+Users call `convert_model` or the command ``speculators``. Plugins import everything that they need
+from here, and torch building blocks from `speculators.modeling`. Names are imported when first used,
+so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speculators import decoder
+    from speculators.checkpoint import Checkpoint
+    from speculators.config import DecoderLayerConfig, SpeculatorConfig
+    from speculators.convert import ConversionResult, convert_model
+    from speculators.errors import (
+        AlgorithmError,
+        AlreadyConvertedError,
+        CheckpointError,
+        MismatchError,
+        OptionError,
+        OutputError,
+        PluginError,
+        SpeculatorsError,
+        ValidationError,
+    )
+    from speculators.hookspecs import hookimpl
+    from speculators.plan import Facts, match
+    from speculators.registry import Registry
+    from speculators.spec import Context, ConverterSpec, Options
+    from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table
+    from speculators.verifier import Verifier
+
+__version__ = "1.0.0"
+
+_HOMES = {
+    "AlgorithmError": "errors",
+    "AlreadyConvertedError": "errors",
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "errors",
+    "Context": "spec",
+    "ConversionResult": "convert",
+    "ConverterSpec": "spec",
+    "DecoderLayerConfig": "config",
+    "Derive": "table",
+    "Drop": "table",
+    "Facts": "plan",
+    "Keep": "table",
+    "MismatchError": "errors",
+    "OptionError": "errors",
+    "Options": "spec",
+    "OutputError": "errors",
+    "PluginError": "errors",
+    "Refuse": "table",
+    "Registry": "registry",
+    "Rename": "table",
+    "Row": "table",
+    "Shared": "table",
+    "SpeculatorConfig": "config",
+    "SpeculatorsError": "errors",
+    "Table": "table",
+    "ValidationError": "errors",
+    "Verifier": "verifier",
+    "convert_model": "convert",
+    "hookimpl": "hookspecs",
+    "match": "plan",
+}
+
+__all__ = [
+    "AlgorithmError",
+    "AlreadyConvertedError",
+    "Checkpoint",
+    "CheckpointError",
+    "Context",
+    "ConversionResult",
+    "ConverterSpec",
+    "DecoderLayerConfig",
+    "Derive",
+    "Drop",
+    "Facts",
+    "Keep",
+    "MismatchError",
+    "OptionError",
+    "Options",
+    "OutputError",
+    "PluginError",
+    "Refuse",
+    "Registry",
+    "Rename",
+    "Row",
+    "Shared",
+    "SpeculatorConfig",
+    "SpeculatorsError",
+    "Table",
+    "ValidationError",
+    "Verifier",
+    "__version__",
+    "convert_model",
+    "decoder",
+    "hookimpl",
+    "match",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "decoder":
+        return importlib.import_module("speculators.decoder")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"speculators.{_HOMES[name]}"), name)

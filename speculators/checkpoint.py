@@ -1,0 +1,182 @@
+"""A checkpoint folder: its ``config.json`` and its tensors, wherever they are stored.
+
+Reads the layouts that training code leaves behind: one safetensors file, sharded safetensors, one
+pickled PyTorch file, sharded pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speculators import dtypes, weights
+from speculators.errors import CheckpointError
+from speculators.weights import PickleFile, SafetensorsFile, TensorInfo, WeightFile
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+FORMATS: Mapping[str, tuple[str, Callable[[Path], WeightFile]]] = {
+    ".safetensors": ("model", SafetensorsFile),
+    ".bin": ("pytorch_model", PickleFile),
+}
+"""Suffix of a weight file → conventional stem, reader; in order of preference."""
+
+
+class Checkpoint:
+    """A draft or verifier as its training code left it.
+
+    Opening one reads ``config.json``; the weight files are opened when a tensor is first asked for.
+
+    Args:
+        path: The folder, or one weight file with its ``config.json`` beside it.
+
+    Raises:
+        CheckpointError: There is no readable ``config.json``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; expected a folder with config.json and weights")
+        self.config = read_json(self.folder / "config.json")
+
+    @cached_property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The opened weight files.
+
+        Raises:
+            CheckpointError: None, several alternatives, or a damaged one.
+        """
+        return tuple(_open_all(self.path))
+
+    @cached_property
+    def _homes(self) -> dict[str, WeightFile]:
+        homes: dict[str, WeightFile] = {}
+        for file in self.files:
+            for name in file.tensors:
+                if name in homes:
+                    raise CheckpointError(f"tensor {name!r} is stored twice, in {homes[name].path} and {file.path}")
+                homes[name] = file
+        return homes
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every stored tensor by name."""
+        return {name: file.tensors[name] for name, file in sorted(self._homes.items())}
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a weight file lies in the folder; a verifier may consist of its config alone."""
+        return self.path.is_file() or any(_candidates(self.path))
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor, piece by piece."""
+        return weights.chunks(self._homes[name], name)
+
+    def rows(self, name: str, start: int, stop: int) -> memoryview:
+        """Return the bytes of rows ``start`` to ``stop`` of a tensor."""
+        info = self.tensors[name]
+        size = info.nbytes // info.shape[0]
+        return self._homes[name].read(name, start * size, stop * size)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return a small tensor as a numpy array."""
+        info = self.tensors[name]
+        data = self._homes[name].read(name, 0, info.nbytes)
+        return dtypes.array(data, info.dtype).reshape(info.shape)
+
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in."""
+        import torch
+
+        info = self.tensors[name]
+        start, stop = rows or (0, info.shape[0] if info.shape else 1)
+        data = self.rows(name, start, stop) if info.shape else self._homes[name].read(name, 0, info.nbytes)
+        dtype = getattr(torch, dtypes.TORCH_NAMES[info.dtype])
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        if not len(data):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing or holds something else; names what lies beside it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        found = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise CheckpointError(
+            f"{path.parent} is no checkpoint: it has no {path.name} (found: {', '.join(found) or 'nothing'})"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _candidates(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    for suffix, (stem, _) in FORMATS.items():
+        for name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json"):
+            if (folder / name).is_file():
+                yield suffix, [folder / name]
+        others = sorted(file for file in folder.glob(f"*{suffix}") if not file.name.startswith("adapter_"))
+        if others:
+            yield suffix, others
+
+
+def _open_all(path: Path) -> Iterator[WeightFile]:
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise CheckpointError(f"{path} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
+        yield FORMATS[path.suffix][1](path)
+        return
+    found = list(_candidates(path))
+    if not found:
+        listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
+        raise CheckpointError(f"{path} holds no weights: expected *.safetensors or *.bin, found {listing}")
+    suffix, files = found[0]
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path} holds several weight files and no index ({', '.join(file.name for file in files[:5])}); "
+            "name the one to convert"
+        )
+    reader = FORMATS[suffix][1]
+    for other in {name for name, _ in found} - {suffix}:
+        logger.info("%s also holds *%s weights; the *%s ones are read", path, other, suffix)
+    if files[0].suffix == ".json":
+        yield from _open_shards(files[0], reader)
+    else:
+        yield reader(files[0])
+
+
+def _open_shards(index: Path, reader: Callable[[Path], WeightFile]) -> Iterator[WeightFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index} names the shard {shard!r}; shards must lie beside their index")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is missing. Download it again.")
+        file = reader(index.parent / shard)
+        listed = {name for name, home in weight_map.items() if home == shard}
+        if listed != set(file.tensors):
+            odd = sorted(listed ^ set(file.tensors))[0]
+            raise CheckpointError(f"{index} and {shard} disagree about tensor {odd!r}")
+        yield file

@@ -1,0 +1,226 @@
+"""The command line: parse, call one library function, print its result."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import speculators
+from speculators.errors import SpeculatorsError
+
+if TYPE_CHECKING:
+    from speculators.convert import ConversionResult
+    from speculators.registry import Algorithm, Registry
+
+
+class _Group(click.Group):
+    """Turns every expected error into one message and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpeculatorsError as error:
+            click.echo(f"Error: {_printable(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Escape control characters, which names in a stranger's checkpoint may hold."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
+class _JsonObject(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3 only
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object; write it as '{{\"name\": value}}'", param, ctx)
+        return parsed
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(speculators.__version__, prog_name="speculators")
+def cli() -> None:
+    """Turn draft models of speculative decoding into one format that inference engines serve."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.captureWarnings(True)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
+  speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
+  speculators convert --list-algorithms
+"""
+)
+@click.argument("model", required=False)
+@click.option("--algorithm", default="auto", show_default=True, help="What trained MODEL; auto lets the plugins look.")
+@click.option("--verifier", help="Base model that MODEL drafts for; completes and validates it. Required.")
+@click.option("--output-path", default="converted", show_default=True, help="Folder of the converted model.")
+@click.option("--validate-device", default="cpu", show_default=True, help="Torch device of the validation.")
+@click.option(
+    "--validate/--no-validate",
+    "-validate/-no-validate",
+    default=True,
+    show_default=True,
+    help="Check shapes, structure and forward of the result before it appears.",
+)
+@click.option(
+    "--algorithm-kwargs",
+    type=_JsonObject(),
+    default="{}",
+    help="Options of the algorithm as a JSON object; --list-algorithms shows them.",
+)
+@click.option("--dtype", help="Cast floating tensors, e.g. to float16; as stored by default.")
+@click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
+@click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list, or the result, as JSON.")
+def convert(
+    model: str | None,
+    algorithm: str,
+    verifier: str | None,
+    output_path: str,
+    validate_device: str,
+    validate: bool,
+    algorithm_kwargs: dict[str, Any],
+    dtype: str | None,
+    overwrite: bool,
+    list_algorithms: bool,
+    as_json: bool,
+) -> None:
+    """Convert the draft checkpoint MODEL into the speculators format."""
+    if list_algorithms:
+        _list_algorithms(as_json)
+        return
+    if model is None:
+        raise click.UsageError("MODEL is missing; it is the folder of the draft checkpoint")
+    if verifier is None:
+        raise click.UsageError("--verifier is missing; it is the folder of the base model that MODEL drafts for")
+    clash = sorted(algorithm_kwargs.keys() & _ARGUMENTS)
+    if clash:
+        raise click.UsageError(f"--algorithm-kwargs holds {', '.join(clash)}, which no algorithm may take")
+    from speculators.convert import convert_model
+
+    result = convert_model(
+        model,
+        verifier=verifier,
+        algorithm=algorithm,
+        output_path=output_path,
+        validate_device=validate_device,
+        validate=validate,
+        dtype=dtype,
+        overwrite=overwrite,
+        **algorithm_kwargs,
+    )
+    click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(model, result))
+
+
+_ARGUMENTS = {
+    "model",
+    "verifier",
+    "algorithm",
+    "output_path",
+    "validate_device",
+    "validate",
+    "dtype",
+    "overwrite",
+    "registry",
+}
+"""Names of `convert_model`'s own arguments."""
+
+
+def _describe(model: str, result: ConversionResult) -> str:
+    lines = [f"Converted {model} with {result.algorithm} ({result.package})"]
+    changed = {source: target for source, target in result.renamed.items() if source != target}
+    lines += _section("renamed", changed, " -> ")
+    lines += _section("kept", {source: "" for source, target in result.renamed.items() if source == target}, "")
+    lines += _section("left out", result.dropped, ": ")
+    lines += _section("completed", result.completed, ": ")
+    lines += [f"note: {note}" for note in result.notes]
+    if result.validation is None:
+        lines.append("not validated")
+    else:
+        lines += [f"checked {check.name}: {check.detail}" for check in result.validation.checks]
+    return _printable("\n".join([*lines, f"Wrote {result.output_path}"]))
+
+
+def _section(title: str, entries: Mapping[str, str], arrow: str) -> list[str]:
+    return [f"{title}:", *(f"    {name}{arrow}{text}" for name, text in sorted(entries.items()))] if entries else []
+
+
+def _as_json(result: ConversionResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(result), "output_path": str(result.output_path)}
+
+
+def _list_algorithms(as_json: bool) -> None:
+    from speculators.registry import Registry
+
+    registry = Registry()
+    algorithms = [_algorithm_facts(algorithm) for algorithm in registry.algorithms]
+    broken = [vars(plugin) for plugin in registry.broken]
+    if as_json:
+        click.echo(json.dumps({"algorithms": algorithms, "broken": broken}, indent=2))
+    else:
+        click.echo(_printable(_listing(registry, algorithms)))
+
+
+def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
+    spec = algorithm.spec
+    schema = spec.options.model_json_schema()["properties"]
+    return {
+        "name": spec.name,
+        "aliases": list(spec.aliases),
+        "summary": spec.summary,
+        "reference": spec.reference,
+        "package": algorithm.package,
+        "version": algorithm.version,
+        "options": [
+            {
+                "name": name,
+                "type": _type_name(schema[name]),
+                "default": field.default,
+                "description": field.description or "",
+            }
+            for name, field in sorted(spec.options.model_fields.items())
+        ],
+    }
+
+
+def _type_name(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type_name(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    kind = str(schema.get("type", "any"))
+    return f"list of {_type_name(schema['items'])}" if kind == "array" and "items" in schema else kind
+
+
+def _listing(registry: Registry, algorithms: list[dict[str, Any]]) -> str:
+    if not registry.names:
+        return registry.describe_installed().capitalize()
+    lines: list[str] = []
+    for facts in algorithms:
+        known_as = f" (also {', '.join(facts['aliases'])})" if facts["aliases"] else ""
+        lines += [
+            f"{facts['name']}{known_as}: {facts['summary']}",
+            f"    {facts['reference']}",
+            f"    from {facts['package']} {facts['version']}",
+            "    options:",
+        ]
+        for option in facts["options"]:
+            lines.append(f"        {option['name']} ({option['type']}, default {json.dumps(option['default'])})")
+            lines.append(f"            {option['description']}")
+        lines.append("")
+    lines += [f"broken: {plugin}" for plugin in registry.broken]
+    return "\n".join(lines).rstrip("\n")

@@ -1,0 +1,104 @@
+"""The speculators format's ``config.json``, as vLLM 0.32 and speculators 0.9 read it.
+
+Each output type subclasses `SpeculatorConfig` with its own fields.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+MODEL_TYPE_KEY = "speculators_model_type"
+"""The key that marks a config as one in the speculators format."""
+
+
+class TokenProposal(BaseModel):
+    """How draft tokens are proposed and accepted: greedily, one chain at a time."""
+
+    model_config = ConfigDict(extra="allow")
+
+    proposal_type: str = "greedy"
+    speculative_tokens: int = Field(default=3, ge=1, description="Draft tokens per step.")
+    verifier_accept_k: int = Field(default=1, ge=1, description="Accepted when among the verifier's top k tokens.")
+    accept_tolerance: float = Field(default=0.0, ge=0.0, description="Largest accepted log-likelihood gap to the top.")
+
+
+class VerifierReference(BaseModel):
+    """The verifier that the draft was trained for."""
+
+    name_or_path: str | None
+    architectures: list[str]
+
+
+class SpeculatorsBlock(BaseModel):
+    """The ``speculators_config`` block: what an engine needs to run the draft beside its verifier."""
+
+    model_config = ConfigDict(extra="allow")
+
+    algorithm: str
+    proposal_methods: list[TokenProposal]
+    default_proposal_method: str = "greedy"
+    verifier: VerifierReference
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> Self:
+        known = [method.proposal_type for method in self.proposal_methods]
+        if self.default_proposal_method not in known:
+            raise ValueError(f"default_proposal_method {self.default_proposal_method!r} is none of {known}")
+        return self
+
+
+class DecoderLayerConfig(BaseModel):
+    """The draft's own decoder layer or layers, in the vocabulary of a transformers config.
+
+    Rotary parameters appear twice, for engines on either side of transformers 5: whole in
+    ``rope_parameters``, and as ``rope_theta`` with ``rope_scaling``.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: str = "llama"
+    architectures: list[str] = ["LlamaForCausalLM"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    dtype: str
+
+
+class SpeculatorConfig(BaseModel):
+    """What every output type's ``config.json`` holds; a type adds its fields and narrows the first.
+
+    Reading tolerates keys that it does not know and keeps them: other writers of the format add
+    their own.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    speculators_model_type: str
+    speculators_version: str
+    architectures: list[str]
+    speculators_config: SpeculatorsBlock
+    transformer_layer_config: DecoderLayerConfig
+    draft_vocab_size: int
+    target_hidden_size: int | None = None
+    dtype: str
+
+    def to_json(self) -> str:
+        """Serialise with sorted keys and a final newline; the same config gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

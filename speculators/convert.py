@@ -1,0 +1,333 @@
+"""Convert a native draft checkpoint into the speculators format."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speculators import dtypes, output
+from speculators.checkpoint import Checkpoint
+from speculators.config import MODEL_TYPE_KEY
+from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError, PluginError
+from speculators.output import Payload
+from speculators.plan import Comparison, Derivation, Move, Plan, match, plan
+from speculators.registry import Algorithm, Registry
+from speculators.spec import Context
+from speculators.verifier import Verifier
+from speculators.weights import CHUNK, TensorInfo
+
+if TYPE_CHECKING:
+    from speculators.config import SpeculatorConfig
+    from speculators.validation import Report
+
+AUTO = "auto"
+"""The algorithm name that asks the installed plugins to recognise the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that is decided about a conversion before a byte is written.
+
+    Attributes:
+        context: What it starts from.
+        algorithm: The plugin that does it.
+        config: The output's config.
+        moves: Tensors to write under new names, sorted by them.
+        derivations: Tensors to make.
+        dropped: Source name → why it is left out.
+        from_verifier: Output name → the verifier's tensor that engines use in its place.
+        notes: What the user should know, one sentence each.
+    """
+
+    context: Context
+    algorithm: Algorithm
+    config: SpeculatorConfig
+    moves: tuple[Move, ...]
+    derivations: tuple[Derivation, ...]
+    dropped: dict[str, str]
+    from_verifier: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert_model` did.
+
+    Attributes:
+        output_path: The folder that holds the converted model.
+        algorithm: Name of the algorithm.
+        package: The plugin package that did it, with its version.
+        renamed: Source name → output name, of every tensor that was written.
+        dropped: Source name → why it was left out.
+        completed: Output name → what it was completed with: made from other tensors, or left to the
+            verifier, whose tensor engines share.
+        notes: What the user should know, one sentence each.
+        validation: The outcome of every check; ``None`` when validation was switched off.
+    """
+
+    output_path: Path
+    algorithm: str
+    package: str
+    renamed: dict[str, str]
+    dropped: dict[str, str]
+    completed: dict[str, str]
+    notes: tuple[str, ...]
+    validation: Report | None
+
+
+def convert_model(
+    model: str | Path,
+    *,
+    verifier: str | Path,
+    algorithm: str = AUTO,
+    output_path: str | Path = "converted",
+    validate_device: str = "cpu",
+    validate: bool = True,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    registry: Registry | None = None,
+    **algorithm_kwargs: Any,
+) -> ConversionResult:
+    """Convert the draft checkpoint ``model`` and write it to ``output_path``.
+
+    Args:
+        model: Folder of the native checkpoint.
+        verifier: Folder of the base model; its config completes and checks the draft's, and its
+            weights, if there are any, tell which of the draft's tensors are copies.
+        algorithm: Name or alias of an installed algorithm, or ``"auto"`` to let the plugins look.
+        output_path: Folder to write.
+        validate_device: Torch device on which the converted draft is run.
+        validate: Whether to check structure and forward of the result before it appears.
+        dtype: Cast floating tensors to this dtype (``"float16"``, …); as stored by default.
+        overwrite: Whether to replace a converted model at ``output_path``.
+        registry: Where to look for algorithms; the installed plugins by default.
+        **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
+
+    Raises:
+        SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
+            then as it was before.
+    """
+    target = Path(output_path).expanduser()
+    output.check_target(target, (Path(model).expanduser(), Path(verifier).expanduser()), overwrite)
+    if validate:
+        from speculators.validation import check, find_device
+
+        find_device(validate_device)
+    conversion = prepare(
+        Path(model).expanduser(),
+        Verifier(verifier),
+        algorithm=algorithm,
+        dtype=dtype,
+        registry=registry or Registry(),
+        algorithm_kwargs=algorithm_kwargs,
+    )
+    spec = conversion.algorithm.spec
+    report = None
+    with output.staged(target) as folder:
+        write(conversion, folder)
+        if validate:
+            report = check(folder, spec, conversion.context.verifier, device=validate_device)
+            report.raise_on_failure()
+    return ConversionResult(
+        output_path=target,
+        algorithm=spec.name,
+        package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
+        renamed={move.source: move.target for move in conversion.moves},
+        dropped=conversion.dropped,
+        completed={made.target: made.row.derive.why for made in conversion.derivations if made.row.derive}
+        | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
+        notes=conversion.notes,
+        validation=report,
+    )
+
+
+def prepare(
+    model: Path,
+    verifier: Verifier,
+    *,
+    algorithm: str,
+    dtype: str | None,
+    registry: Registry,
+    algorithm_kwargs: dict[str, Any],
+) -> Conversion:
+    """Read, recognise, plan and configure: all of a conversion but the writing."""
+    source = Checkpoint(model)
+    if MODEL_TYPE_KEY in source.config:
+        raise AlreadyConvertedError(
+            f"{model} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
+            f"speculators {source.config.get('speculators_version', 'of an unknown version')}); nothing was converted"
+        )
+    if dtype is not None and dtypes.STORED_NAMES.get(dtype) not in dtypes.FLOATS:
+        known = ", ".join(dtypes.TORCH_NAMES[name] for name in dtypes.FLOATS)
+        raise OptionError(f"dtype {dtype!r} is none of {known}")
+    chosen = registry.recognise(source) if algorithm == AUTO else registry.get(algorithm)
+    spec = chosen.spec
+    options = parse_options(chosen, algorithm_kwargs)
+    matching = match(spec.table, source.tensors)
+    context = Context(source, verifier, options, matching, dtype)
+    facts = spec.examine(context)
+    planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
+    if planned.findings:
+        raise MismatchError(
+            f"{model} cannot be converted as {spec.name!r} (nothing was written):",
+            planned.findings,
+            advice=_advice(chosen, planned, registry),
+        )
+    compared, dropped, notes = settle(planned, context)
+    config, more = spec.configure(context, facts)
+    return Conversion(
+        context,
+        chosen,
+        config,
+        tuple(sorted((*planned.moves, *compared), key=lambda move: move.target)),
+        planned.derivations,
+        {**planned.dropped, **dropped},
+        dict(planned.from_verifier)
+        | {
+            comparison.move.target: comparison.row.verifier
+            for comparison in planned.comparisons
+            if comparison.move.source in dropped
+        },
+        (*facts.notes, *notes, *more),
+    )
+
+
+def parse_options(algorithm: Algorithm, given: dict[str, Any]) -> Any:
+    """Check keyword arguments against the algorithm's schema.
+
+    Raises:
+        OptionError: Names every unknown or ill-typed one and lists those that exist.
+    """
+    from pydantic import ValidationError
+
+    schema = algorithm.spec.options
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            name = ".".join(map(str, detail["loc"])) or "options"
+            if detail["type"] == "extra_forbidden":
+                problems.append(f"{algorithm.spec.name} has no option {name!r}")
+            else:
+                problems.append(f"{name}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})")
+        known = ", ".join(sorted(schema.model_fields))
+        raise OptionError(f"{'; '.join(problems)}. Options of {algorithm.spec.name}: {known}") from error
+
+
+def _advice(chosen: Algorithm, planned: Plan, registry: Registry) -> str:
+    if not any("matches no row" in finding for finding in planned.findings):
+        return ""
+    return (
+        f"If another algorithm saved it, pass --algorithm ({registry.describe_installed()}); if {chosen.spec.name!r} "
+        f"should know these tensors, the table of {chosen.package} lacks rows."
+    )
+
+
+def settle(planned: Plan, context: Context) -> tuple[list[Move], dict[str, str], list[str]]:
+    """Compare shareable tensors with the verifier's: those to write, those left out, and notes.
+
+    Raises:
+        MismatchError: A tensor differs from the verifier's and the output type has no room for it.
+    """
+    kept: list[Move] = []
+    dropped: dict[str, str] = {}
+    notes: list[str] = []
+    for comparison in planned.comparisons:
+        name, role = comparison.move.source, comparison.row.verifier
+        if getattr(context.options, f"use_verifier_{role}", False):
+            _require_verifier_shape(comparison, context)
+            dropped[name] = f"the verifier's {role} was asked for"
+            continue
+        if comparison.move.info.shape != context.verifier.shapes[role]:
+            kept.append(comparison.move)  # evidently its own: another width, or a draft vocabulary
+            continue
+        difference = _difference(comparison, context)
+        if difference is None:
+            dropped[name] = f"equal to the verifier's {role}"
+        elif comparison.row.own:
+            kept.append(comparison.move)
+            notes.append(f"{name} {difference}; it is kept")
+        else:
+            raise MismatchError(
+                f"{context.source.path} cannot be converted (nothing was written):",
+                [f"{name} {difference}, and the output type has no room for a draft's own {role}"],
+            )
+    return kept, dropped, notes
+
+
+def _require_verifier_shape(comparison: Comparison, context: Context) -> None:
+    expected = context.verifier.shapes[comparison.row.verifier]
+    if comparison.move.info.shape != expected:
+        raise OptionError(
+            f"{comparison.move.source} is {comparison.move.info} and cannot be replaced by the verifier's "
+            f"{comparison.row.verifier} {list(expected)}"
+        )
+
+
+def _difference(comparison: Comparison, context: Context) -> str | None:
+    """Say how a tensor differs from the verifier's in the draft's dtype; ``None`` when it is equal."""
+    move, role = comparison.move, comparison.row.verifier
+    name = context.verifier.find(role)
+    weights = context.verifier.weights
+    if name is None or weights is None:
+        return f"could not be compared with the verifier's {role}, as {context.verifier.name} holds no weights"
+    rows, width = move.info.shape
+    stored = weights.tensors[name].dtype
+    step = max(1, CHUNK // (width * 8))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        try:
+            theirs = dtypes.cast(weights.rows(name, start, stop), stored, move.info.dtype)
+        except OverflowError:
+            return f"differs from the verifier's {role}"
+        except ValueError:
+            return f"could not be compared with the verifier's {role}, which is stored as {stored}"
+        if context.source.rows(move.source, start, stop) != theirs:
+            return f"differs from the verifier's {role}"
+    return None
+
+
+def write(conversion: Conversion, folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` of a prepared conversion into ``folder``."""
+    (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
+    output.write_safetensors(folder / output.WEIGHTS_FILE, _payloads(conversion))
+
+
+def _payloads(conversion: Conversion) -> Iterator[Payload]:
+    source, dtype = conversion.context.source, conversion.context.dtype
+    wanted = dtypes.STORED_NAMES[dtype] if dtype else None
+    for move in conversion.moves:
+        stored = move.info.dtype
+        if wanted is None or stored not in dtypes.FLOATS or stored == wanted:
+            yield Payload(move.target, move.info, partial(source.chunks, move.source))
+        else:
+            info = replace(move.info, dtype=wanted)
+            yield Payload(move.target, info, partial(_cast_chunks, source, move, wanted))
+    for made in conversion.derivations:
+        yield _derive(made, source, wanted)
+
+
+def _cast_chunks(source: Checkpoint, move: Move, dtype: str) -> Iterator[bytes]:
+    for chunk in source.chunks(move.source):
+        try:
+            yield dtypes.cast(chunk, move.info.dtype, dtype)
+        except OverflowError as error:
+            raise CheckpointError(f"{move.source} cannot be cast to {dtypes.TORCH_NAMES[dtype]}: {error}") from error
+
+
+def _derive(made: Derivation, source: Checkpoint, wanted: str | None) -> Payload:
+    if made.row.derive is None:
+        raise PluginError(f"the row of {made.target!r} does not say how to make it")
+    module, _, function = made.row.derive.by.partition(":")
+    dtype, data = getattr(importlib.import_module(module), function)(source, made.sources, made.shape)
+    if wanted is not None and dtype in dtypes.FLOATS:
+        dtype, data = wanted, dtypes.cast(data, dtype, wanted)
+    info = TensorInfo(dtype, made.shape)
+    if info.nbytes != len(data):
+        raise PluginError(f"{made.row.derive.by} made {len(data)} bytes for {made.target!r}, expected {info.nbytes}")
+    return Payload(made.target, info, lambda: [data])

@@ -1,0 +1,317 @@
+"""Drafts that are made of Llama decoder layers, as most families are: rows, sizes, config.
+
+Training configs say little and are sometimes wrong, so sizes come from the tensors wherever these
+decide them, and the user is told about every disagreement. Symbols in the shapes of the rows:
+
+============  ================================================
+``H``         hidden size of the draft
+``I``         intermediate size of its MLP
+``V``         vocabulary of the verifier
+``heads``     query heads
+``kv_heads``  key and value heads
+``head_dim``  width of one head; not always ``H / heads``
+``L``         decoder layers
+============  ================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from speculators import dtypes
+from speculators.checkpoint import Checkpoint
+from speculators.config import DecoderLayerConfig, SpeculatorsBlock, TokenProposal, VerifierReference
+from speculators.plan import Facts
+from speculators.rope import legacy_scaling, rope_parameters, serving_positions
+from speculators.spec import Context, Options
+from speculators.table import Drop, Refuse, Rename, Row, Table
+from speculators.weights import TensorInfo
+
+DEFAULT_POSITIONS = 2048
+"""``max_position_embeddings`` of a config that names none (LlamaConfig; EAGLE's EConfig alike)."""
+
+NESTED_BLOCKS = ("model", "eagle_config", "text_config")
+"""Where some trainers put a draft's own settings; what stands outside them wins."""
+
+CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+"""Keys that no forward reads and that travel along when the native config has them."""
+
+UNSUPPORTED_ROWS: tuple[Row, ...] = (
+    Refuse(
+        "**.(kv_a_proj_with_mqa|kv_b_proj|kv_a_layernorm|q_a_proj|q_b_proj|q_a_layernorm).**",
+        "an MLA draft (DeepSeek's latent attention) is not supported, only Llama layers are",
+    ),
+    Refuse(
+        "**.self_attn.(q_norm|k_norm).weight",
+        "a draft with norms on queries and keys (Qwen3's attention) is not supported, only Llama layers are",
+    ),
+    Refuse(
+        "**.mlp.(experts|router|gate|shared_expert|shared_experts).**",
+        "a mixture-of-experts draft is not supported, only Llama layers are",
+    ),
+    Refuse(
+        "**.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_zero_point|weight_global_scale"
+        "|weight_scale|weight_scale_2|weight_scale_inv|input_scale|input_global_scale|k_scale|v_scale)",
+        "quantised weights are not supported; convert the checkpoint from before quantisation",
+    ),
+    Refuse("**.(lora_A|lora_B).**", "a LoRA adapter is no draft by itself; merge it first"),
+)
+"""Checkpoints that look like a known family's from afar and hold something else."""
+
+
+RECOMPUTED_ROWS: tuple[Row, ...] = (
+    Drop("**rotary_emb.inv_freq", "a buffer that every engine recomputes from the config"),
+)
+
+
+class DraftOptions(Options):
+    """Options of every draft that is made of decoder layers."""
+
+    rope_theta: float | None = Field(
+        default=None, gt=0, description="Base of the rotary embedding used in training, when config.json is wrong."
+    )
+    use_verifier_embed_tokens: bool = Field(
+        default=False, description="Leave the draft's own embed_tokens out, for exports that saved untrained ones."
+    )
+
+
+def layer_rows(source: str, target: str, width: str = "H") -> tuple[Rename, ...]:
+    """Return the rows of one Llama decoder layer, except for norms on its input.
+
+    Args:
+        source: What the names in the checkpoint begin with.
+        target: What the names in the output begin with.
+        width: Width of what the attention reads; ``"2*H"`` where embeddings and states are joined.
+    """
+
+    def row(name: str, shape: str, part: str = "") -> Rename:
+        return Rename(source + name, target + name, shape, part)
+
+    return (
+        row("self_attn.q_proj.weight", f"heads*head_dim, {width}"),
+        row("self_attn.k_proj.weight", f"kv_heads*head_dim, {width}"),
+        row("self_attn.v_proj.weight", f"kv_heads*head_dim, {width}"),
+        row("self_attn.o_proj.weight", "H, heads*head_dim"),
+        row("self_attn.q_proj.bias", "heads*head_dim", "qkv_bias"),
+        row("self_attn.k_proj.bias", "kv_heads*head_dim", "qkv_bias"),
+        row("self_attn.v_proj.bias", "kv_heads*head_dim", "qkv_bias"),
+        row("mlp.gate_proj.weight", "I, H"),
+        row("mlp.up_proj.weight", "I, H"),
+        row("mlp.down_proj.weight", "H, I"),
+        row("mlp.gate_proj.bias", "I", "mlp_bias"),
+        row("mlp.up_proj.bias", "I", "mlp_bias"),
+        row("mlp.down_proj.bias", "H", "mlp_bias"),
+        row("post_attention_layernorm.weight", "H"),
+    )
+
+
+def zeros(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """Make zeros in the dtype of the first of ``names``; for use in `Derive`."""
+    info = TensorInfo(source.tensors[names[0]].dtype, shape)
+    return info.dtype, bytes(info.nbytes)
+
+
+def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a draft's config: its own keys first, then those of the known nested blocks."""
+    flat: dict[str, Any] = {}
+    for block in reversed(NESTED_BLOCKS):
+        if isinstance(config.get(block), Mapping):
+            flat |= native_config(config[block])
+    return flat | {key: value for key, value in config.items() if value is not None}
+
+
+def active_parts(context: Context) -> set[str]:
+    """Return the optional parts of the table of which the source holds a tensor."""
+    return {found.row.part for found in context.matching.moves.values() if found.row.part}
+
+
+def check_options(table: Table, context: Context, parts: Iterable[str]) -> list[str]:
+    """Check every option that is named like a part of the table against the tensors, which decide it.
+
+    Returns:
+        A finding for each that was given and contradicts the checkpoint.
+    """
+    findings = []
+    for part in table.parts:
+        given = getattr(context.options, part, None)
+        if given is None or given == (part in parts):
+            continue
+        held = sorted(found.source for found in context.matching.moves.values() if found.row.part == part)
+        what = f"holds {', '.join(held)}" if held else f"holds none of the tensors of {part}"
+        findings.append(f"{part}={str(given).lower()} was given, but the checkpoint {what}; leave the option out")
+    return findings
+
+
+def examine_layers(context: Context, layer: str, vocabulary: Iterable[str]) -> Facts:
+    """Find the sizes of a draft's decoder layers.
+
+    Args:
+        context: The conversion.
+        layer: What the output names of the first layer begin with.
+        vocabulary: Output names of tensors with one row for each token of the verifier.
+    """
+    sizes = _Sizes(context)
+    sizes.stated("H", "hidden_size", f"{layer}post_attention_layernorm.weight")
+    sizes.stated("I", "intermediate_size", f"{layer}mlp.gate_proj.weight")
+    sizes.heads(layer)
+    sizes.vocabulary(vocabulary)
+    sizes.observed("L", "num_hidden_layers", 1 + max(_layer_numbers(context), default=0))
+    return Facts(sizes.dims, frozenset(active_parts(context)), tuple(sizes.notes), tuple(sizes.findings))
+
+
+class _Sizes:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config = native_config(context.source.config)
+        self.dims: dict[str, int] = {}
+        self.notes: list[str] = []
+        self.findings: list[str] = []
+
+    def rows(self, name: str) -> int | None:
+        shape = self.context.shape(name)
+        return shape[0] if shape else None
+
+    def stated(self, symbol: str, key: str, witness: str) -> None:
+        """Take a size that the config states; a tensor speaks only where it does not."""
+        value = self.config.get(key, self.rows(witness))
+        if isinstance(value, int):
+            self.dims[symbol] = value
+
+    def observed(self, symbol: str, key: str, value: int) -> None:
+        """Take a size that the tensors decide, and tell when the config says otherwise."""
+        self.dims[symbol] = value
+        said = self.config.get(key)
+        if said is not None and said != value:
+            self.notes.append(f"config.json says {key} {said}, the tensors say {value}: {value} is written")
+
+    def heads(self, layer: str) -> None:
+        queries, keys = self.rows(f"{layer}self_attn.q_proj.weight"), self.rows(f"{layer}self_attn.k_proj.weight")
+        heads, head_dim = self.config.get("num_attention_heads"), self.config.get("head_dim")
+        if heads is None and queries and head_dim:
+            heads = queries // head_dim
+        if not isinstance(heads, int) or heads < 1:
+            self.findings.append("config.json does not say num_attention_heads, which the tensors cannot tell; add it")
+            return
+        self.dims["heads"] = heads
+        if queries is None or keys is None:
+            return
+        if queries % heads or not queries:
+            self.findings.append(f"q_proj has {queries} rows, which {heads} attention heads cannot share evenly")
+            return
+        self.observed("head_dim", "head_dim", queries // heads)
+        groups, rest = divmod(keys, queries // heads)
+        if rest or not groups or heads % groups:
+            self.findings.append(f"k_proj has {keys} rows, which do not fit {heads} heads of {queries // heads}")
+            return
+        self.observed("kv_heads", "num_key_value_heads", groups)
+
+    def vocabulary(self, names: Iterable[str]) -> None:
+        verifier = self.context.verifier
+        self.dims["V"] = verifier.vocab_size
+        said = self.config.get("vocab_size")
+        if said is None or said == verifier.vocab_size:
+            return
+        if verifier.vocab_size in map(self.rows, names):
+            self.notes.append(
+                f"config.json says vocab_size {said}, the tensors and the verifier say {verifier.vocab_size}"
+            )
+        else:
+            self.findings.append(
+                f"the draft was made for a vocabulary of {said}, the verifier {verifier.name} has "
+                f"{verifier.vocab_size}; is it the right verifier?"
+            )
+
+
+def _layer_numbers(context: Context) -> Iterable[int]:
+    for found in context.matching.moves.values():
+        if "L" in found.row.bounds:
+            yield found.numbers[0]
+
+
+def layer_config(context: Context, facts: Facts, dtype: str) -> tuple[DecoderLayerConfig, list[str]]:
+    """Build the config of the draft's decoder layers, and what the user should know about it.
+
+    Nothing is taken from the verifier but its vocabulary size and its number of positions.
+    """
+    config = native_config(context.source.config)
+    dims = facts.dims
+    own = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_POSITIONS
+    override = getattr(context.options, "rope_theta", None)
+    rope, notes = rope_parameters(config, own)
+    if override is not None:
+        notes = [f"rope_theta {override:g} was given and replaces the config's {rope['rope_theta']:g}"]
+        rope["rope_theta"] = override
+    positions, note = serving_positions(rope, own, context.verifier.max_positions)
+    qkv, out = "qkv_bias" in facts.parts, "o_bias" in facts.parts
+    layer = DecoderLayerConfig(
+        vocab_size=dims["V"],
+        hidden_size=dims["H"],
+        intermediate_size=dims["I"],
+        num_hidden_layers=dims["L"],
+        num_attention_heads=dims["heads"],
+        num_key_value_heads=dims["kv_heads"],
+        head_dim=dims["head_dim"],
+        hidden_act=config.get("hidden_act", "silu"),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=positions,
+        rope_parameters=rope,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=legacy_scaling(rope),
+        attention_bias=qkv and out,
+        mlp_bias="mlp_bias" in facts.parts,
+        dtype=dtype,
+    )
+    extra = {key: config[key] for key in CARRIED_KEYS if key in config}
+    if qkv and not out:
+        extra["qkv_bias"] = True  # vLLM's Llama layer knows it; LlamaConfig's attention_bias means all four
+    layer = DecoderLayerConfig.model_validate(layer.model_dump() | extra)
+    return layer, notes + ([note] if note else [])
+
+
+def config_dims(layer: DecoderLayerConfig) -> dict[str, int]:
+    """Return the symbols of this module as an output's config states them."""
+    return {
+        "H": layer.hidden_size,
+        "I": layer.intermediate_size,
+        "V": layer.vocab_size,
+        "heads": layer.num_attention_heads,
+        "kv_heads": layer.num_key_value_heads,
+        "head_dim": layer.head_dim,
+        "L": layer.num_hidden_layers,
+    }
+
+
+def config_parts(layer: DecoderLayerConfig) -> set[str]:
+    """Return the optional parts of `layer_rows` that an output's config declares."""
+    extra = layer.model_extra or {}
+    declared = {
+        "qkv_bias": layer.attention_bias or extra.get("qkv_bias", False),
+        "o_bias": layer.attention_bias,
+        "mlp_bias": layer.mlp_bias,
+    }
+    return {part for part, present in declared.items() if present}
+
+
+def draft_dtype(context: Context) -> str:
+    """Return the draft's dtype in torch's spelling: asked for, said by the config, or that of most tensors."""
+    if context.dtype is not None:
+        return context.dtype
+    config = native_config(context.source.config)
+    said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    if said in dtypes.STORED_NAMES and dtypes.STORED_NAMES[said] in dtypes.FLOATS:
+        return said
+    stored = Counter(context.source.tensors[found.source].dtype for found in context.matching.moves.values())
+    return next(dtypes.TORCH_NAMES[dtype] for dtype, _ in stored.most_common() if dtype in dtypes.FLOATS)
+
+
+def speculators_block(context: Context, algorithm: str) -> SpeculatorsBlock:
+    """Build the ``speculators_config`` block: greedy chains for the given verifier."""
+    return SpeculatorsBlock(
+        algorithm=algorithm,
+        proposal_methods=[TokenProposal(speculative_tokens=context.options.speculative_tokens)],
+        verifier=VerifierReference(name_or_path=context.verifier.name, architectures=context.verifier.architectures),
+    )

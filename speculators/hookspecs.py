@@ -1,0 +1,33 @@
+"""Every hook that a plugin can implement. Start reading here.
+
+A plugin is a Python distribution with an entry point in the group ``speculators``. The entry
+point's name is the algorithm's name, its value a module that implements the hooks below::
+
+    [project.entry-points.speculators]
+    toy = "speculators_toy"
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from speculators.spec import ConverterSpec
+
+GROUP = "speculators"
+"""The entry-point group, and pluggy's project name."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def register_converter() -> type[ConverterSpec]:  # type: ignore[empty-body]
+    """Return the class that converts one algorithm's checkpoints.
+
+    Called once, when the algorithm is first needed. The class is refused when a member is missing,
+    when its ``name`` is not the entry point's, or when it was written for another version of the
+    interface.
+    """

@@ -1,0 +1,158 @@
+"""Write a converted model: all of it or nothing.
+
+Everything is written into a hidden folder beside the target, synced, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from speculators import dtypes
+from speculators.config import MODEL_TYPE_KEY
+from speculators.errors import OutputError
+from speculators.weights import TensorInfo
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One tensor to write and where its bytes come from."""
+
+    name: str
+    info: TensorInfo
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+
+def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output path at which something would be lost, before any work is done.
+
+    Raises:
+        OutputError: The path is taken, or is one of the sources, or holds one.
+    """
+    target = path.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(target):
+            raise OutputError(f"the output {path} would replace its own source {source}; choose another --output-path")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"{path} exists and is no folder; choose another --output-path")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{path} exists and is not empty; choose another --output-path or pass --overwrite")
+    if not _is_output(path):
+        raise OutputError(
+            f"{path} holds something other than a converted model; it is not overwritten. Remove it first"
+        )
+
+
+def _is_output(path: Path) -> bool:
+    try:
+        return MODEL_TYPE_KEY in json.loads((path / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a fresh folder that becomes ``path`` when the block ends, and vanishes when it raises.
+
+    Raises:
+        OutputError: The disk is full, read-only, or otherwise refuses.
+    """
+    created = _missing_parents(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {path}: {error.strerror or error}") from error
+    try:
+        yield folder
+        _publish(folder, path)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in created:
+            _remove_if_empty(parent)
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was kept") from error
+        raise
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    return [parent for parent in path.absolute().parents if not parent.exists()]
+
+
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
+
+
+def _publish(folder: Path, path: Path) -> None:
+    folder.chmod(0o777 & ~_umask())
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+    if path.exists() and any(path.iterdir()):
+        previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".previous", dir=path.parent))
+        path.rename(previous)
+        try:
+            folder.rename(path)
+        except OSError:
+            previous.rename(path)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        folder.rename(path)
+    _sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_safetensors(path: Path, payloads: Iterable[Payload]) -> None:
+    """Write tensors as one safetensors file with the ``format: pt`` metadata that loaders ask for.
+
+    Wide dtypes come first, so that every tensor is aligned, then names in order: the same tensors
+    give the same bytes.
+    """
+    ordered = sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for payload in ordered:
+        end = offset + payload.info.nbytes
+        header[payload.name] = {
+            "dtype": payload.info.dtype,
+            "shape": list(payload.info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for payload in ordered:
+            for chunk in payload.chunks():
+                file.write(chunk)
+        if file.tell() != 8 + len(text) + offset:
+            raise RuntimeError(f"wrote {file.tell()} bytes to {path}, expected {8 + len(text) + offset}")

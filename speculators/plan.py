@@ -1,0 +1,295 @@
+"""Decide what becomes of each tensor, before any byte is written.
+
+`match` is a pure function of names; `plan` adds shapes and the algorithm's facts. Everything that
+is wrong is collected and raised together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from speculators.table import Drop, Refuse, Rename, Shared, Table, evaluate, fill
+from speculators.weights import TensorInfo
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an algorithm knows about one checkpoint.
+
+    Attributes:
+        dims: What each symbol of the table's shapes stands for.
+        parts: The optional parts of the table that this draft uses.
+        notes: What the user should be told, one sentence each.
+        findings: What makes a conversion impossible, one line each.
+    """
+
+    dims: Mapping[str, int]
+    parts: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Match:
+    """One source tensor and the row it belongs to."""
+
+    source: str
+    row: Rename
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The outcome of `match`: every source name is in exactly one of the four.
+
+    Attributes:
+        moves: Target name → match.
+        dropped: Source name → reason.
+        refused: Source name → reason.
+        unmatched: Source names that no row knows.
+        doubled: Findings about two source tensors with one target.
+    """
+
+    moves: Mapping[str, Match]
+    dropped: Mapping[str, str]
+    refused: Mapping[str, str]
+    unmatched: tuple[str, ...]
+    doubled: tuple[str, ...] = ()
+
+    def present(self, part: str) -> bool:
+        """Tell whether any tensor of an optional part is there."""
+        return any(found.row.part == part for found in self.moves.values())
+
+
+@dataclass(frozen=True)
+class Move:
+    """A tensor to write: ``source`` of the draft becomes ``target``."""
+
+    source: str
+    target: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A tensor to write unless it equals the verifier's."""
+
+    move: Move
+    row: Shared
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A tensor to make: ``target`` from the source tensors ``sources``."""
+
+    target: str
+    row: Rename
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, or, where ``findings`` is not empty, why it cannot be done.
+
+    Attributes:
+        moves: Tensors to write, by target name.
+        comparisons: Tensors to compare with the verifier's first.
+        derivations: Tensors to make.
+        dropped: Source name → reason.
+        from_verifier: Target name → the verifier's tensor that takes its place.
+        findings: One line per problem.
+    """
+
+    moves: tuple[Move, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    derivations: tuple[Derivation, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    from_verifier: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+
+
+def match(table: Table, names: Iterable[str]) -> Matching:
+    """Find the row of each tensor by its name alone."""
+    moves: dict[str, Match] = {}
+    dropped: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    unmatched: list[str] = []
+    doubled: list[str] = []
+    for name in sorted(names):
+        row, numbers = _find(table, name)
+        if isinstance(row, Refuse):
+            refused[name] = row.why
+        elif isinstance(row, Drop):
+            dropped[name] = row.why
+        elif isinstance(row, Rename):
+            target = row.numbered(numbers)
+            if target in moves:
+                doubled.append(f"{moves[target].source} and {name} are both {target}: only one can be meant")
+            else:
+                moves[target] = Match(name, row, numbers)
+        else:
+            unmatched.append(name)
+    return Matching(moves, dropped, refused, tuple(unmatched), tuple(doubled))
+
+
+def _find(table: Table, name: str) -> tuple[Refuse | Drop | Rename | None, tuple[int, ...]]:
+    for kind in (Refuse, Drop, Rename):
+        for spelling in table.spellings(name):
+            for row in table.rows:
+                if isinstance(row, kind) and (found := row.regex.fullmatch(spelling)):
+                    return row, tuple(map(int, found.groups()))
+    return None, ()
+
+
+def plan(
+    table: Table,
+    tensors: Mapping[str, TensorInfo],
+    matching: Matching,
+    facts: Facts,
+    verifier_shapes: Mapping[str, tuple[int, ...]],
+) -> Plan:
+    """Work out every tensor's fate and collect everything that stands in the way.
+
+    Args:
+        table: The algorithm's table.
+        tensors: The source's tensors.
+        matching: What `match` found for them.
+        facts: What the algorithm knows about this checkpoint.
+        verifier_shapes: Shapes of the verifier's shareable tensors by their role in `Shared`.
+    """
+    builder = _Builder(tensors, matching, facts, verifier_shapes)
+    for row in table.moving:
+        builder.place(row)
+    return builder.finish()
+
+
+class _Builder:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        matching: Matching,
+        facts: Facts,
+        verifier_shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.tensors = tensors
+        self.matching = matching
+        self.facts = facts
+        self.verifier_shapes = verifier_shapes
+        self.pending = dict(matching.moves)
+        self.moves: list[Move] = []
+        self.comparisons: list[Comparison] = []
+        self.derivations: list[Derivation] = []
+        self.dropped = dict(matching.dropped)
+        self.from_verifier: dict[str, str] = {}
+        self.wrong: list[str] = []
+        self.missing: list[str] = []
+
+    def place(self, row: Rename) -> None:
+        try:
+            expansions = row.expansions(self.facts.dims)
+        except KeyError:
+            return  # the symbol's absence is a finding of the algorithm's own
+        for numbers in expansions:
+            target = row.numbered(numbers)
+            found = self.pending.pop(target, None)
+            if row.part and row.part not in self.facts.parts:
+                if found:
+                    self.dropped[found.source] = row.unless or f"the draft does not use {row.part}"
+            elif found:
+                self.take(row, found, target)
+            else:
+                self.miss(row, numbers, target)
+
+    def take(self, row: Rename, found: Match, target: str) -> None:
+        info = self.tensors[found.source]
+        if info.dtype not in row.dtypes:
+            self.wrong.append(f"{found.source} is {info}, expected {' or '.join(row.dtypes)}")
+        expected = self.shape(row)
+        if expected is not None and expected != info.shape:
+            self.wrong.append(f"{found.source} is {info}, expected [{row.shape}] = {list(expected)}")
+        move = Move(found.source, target, info)
+        if isinstance(row, Shared):
+            self.comparisons.append(Comparison(move, row))
+        else:
+            self.moves.append(move)
+
+    def miss(self, row: Rename, numbers: tuple[int, ...], target: str) -> None:
+        expected = self.shape(row)
+        if isinstance(row, Shared) and (expected is None or expected == self.verifier_shapes.get(row.verifier)):
+            self.from_verifier[target] = row.verifier
+            return
+        sources = [self.matching.moves.get(fill(name, numbers)) for name in row.derive.sources] if row.derive else []
+        if row.derive and expected is not None and all(sources):
+            names = tuple(found.source for found in sources if found)
+            self.derivations.append(Derivation(target, row, names, expected))
+            return
+        shape = f"[{row.shape}]" + (f" = {list(expected)}" if expected else "")
+        reason = ""
+        if isinstance(row, Shared) and row.verifier in self.verifier_shapes:
+            reason = (
+                f"; the verifier's {row.verifier} is {list(self.verifier_shapes[row.verifier])} and cannot stand in"
+            )
+        self.missing.append(f"{fill(row.name, numbers)} {shape}{reason}")
+
+    def shape(self, row: Rename) -> tuple[int, ...] | None:
+        try:
+            return tuple(evaluate(dimension, self.facts.dims) for dimension in row.shape.split(","))
+        except KeyError:
+            return None
+
+    def finish(self) -> Plan:
+        matching = self.matching
+        if matching.refused:
+            return Plan(findings=tuple(f"{why} ({names})" for why, names in _by_reason(matching.refused).items()))
+        findings = list(matching.doubled)
+        findings += [f"{line}: matches no row of the table" for line in fold(matching.unmatched, self.tensors)]
+        findings += fold(f"{found.source} {self._outside(found.row)}" for found in self.pending.values())
+        findings += [f"missing: {line}" for line in fold(self.missing)]
+        findings += fold(self.wrong)
+        findings += self.facts.findings
+        return Plan(
+            tuple(sorted(self.moves, key=lambda move: move.target)),
+            tuple(self.comparisons),
+            tuple(self.derivations),
+            self.dropped,
+            self.from_verifier,
+            tuple(findings),
+        )
+
+    def _outside(self, row: Rename) -> str:
+        known = ", ".join(f"{symbol} = {self.facts.dims[symbol]}" for symbol in row.bounds if symbol in self.facts.dims)
+        return f"is outside {row.name}" + (f" with {known}" if known else "")
+
+
+def _by_reason(refused: Mapping[str, str]) -> dict[str, str]:
+    grouped: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        grouped.setdefault(why, []).append(name)
+    return {
+        why: f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" for why, names in grouped.items()
+    }
+
+
+def fold(lines: Iterable[str], tensors: Mapping[str, TensorInfo] | None = None) -> list[str]:
+    """Fold lines that differ in a layer number alone: ``layers.{1…3}.mlp.up_proj.weight``.
+
+    With ``tensors``, the lines are names and each gets its dtype and shape.
+    """
+    groups: dict[str, list[int]] = {}
+    for line in lines:
+        text = f"{line} {tensors[line]}" if tensors else line
+        number = re.search(r"(?<=\.)\d+(?=\.)", text)
+        key = text if not number else f"{text[: number.start()]}\0{text[number.end() :]}"
+        groups.setdefault(key, []).append(int(number.group()) if number else -1)
+    return [_unfold(key, numbers) for key, numbers in groups.items()]
+
+
+def _unfold(key: str, numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return key.replace("\0", str(numbers[0]))
+    low, high = min(numbers), max(numbers)
+    span = f"{low}…{high}" if high - low + 1 == len(numbers) else ",".join(map(str, sorted(numbers)))
+    return key.replace("\0", f"{{{span}}}")

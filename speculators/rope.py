@@ -1,0 +1,78 @@
+"""Rotary parameters of a draft, read from either spelling and written in both.
+
+transformers before 5 spells them ``rope_theta`` and ``rope_scaling``, later versions
+``rope_parameters``; exporters of the transition write both. They are the draft's own: a draft is
+often trained with another base and scaling than its verifier has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULT_THETA = 10000.0
+"""The base that LlamaConfig and the EAGLE and HASS training code take when a config names none."""
+
+RENAMED_TYPES = {"su": "longrope", "mrope": "default", "none": "default"}
+"""Old names of scaling types; mrope's sections stay, and plain text rotates as by default."""
+
+EXTENDING_TYPES = ("yarn", "longrope", "llama3")
+"""Types that scale relative to the positions of pre-training, by default ``max_position_embeddings``."""
+
+
+def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str, Any], list[str]]:
+    """Return the rotary parameters of a flat draft config with every field spelled out, and notes.
+
+    Args:
+        config: The draft's config, both spellings allowed.
+        positions: The draft's own ``max_position_embeddings``, to which scaling types refer that
+            name no ``original_max_position_embeddings``.
+    """
+    notes: list[str] = []
+    legacy = dict(config.get("rope_scaling") or {})
+    modern = dict(config.get("rope_parameters") or {})
+    theta = config.get("rope_theta")
+    old = legacy | ({"rope_theta": theta} if theta is not None else {})
+    for key in sorted(old.keys() & modern.keys()):
+        if old[key] != modern[key]:
+            notes.append(
+                f"config.json says {key} {old[key]!r} in the old spelling and {modern[key]!r} in rope_parameters; "
+                f"rope_parameters is taken"
+            )
+    merged = old | modern
+    kind = merged.pop("rope_type", None) or merged.get("type") or "default"
+    merged.pop("type", None)
+    merged["rope_type"] = RENAMED_TYPES.get(kind, kind)
+    if merged.get("rope_theta") is None:
+        merged["rope_theta"] = DEFAULT_THETA
+        notes.append("config.json names no rope_theta: 10000, the default of the training code, is written")
+    if "partial_rotary_factor" in config:
+        merged.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if merged["rope_type"] in EXTENDING_TYPES:
+        original = config.get("original_max_position_embeddings") or positions
+        merged.setdefault("original_max_position_embeddings", original)
+        if merged.get("factor") is None and merged["rope_type"] != "llama3":
+            merged["factor"] = positions / merged["original_max_position_embeddings"]
+    return merged, notes
+
+
+def legacy_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` as transformers before 5 spells ``parameters``; ``None`` without scaling."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return None if scaling == {"rope_type": "default"} else scaling
+
+
+def serving_positions(parameters: Mapping[str, Any], positions: int, verifier: int | None) -> tuple[int, str]:
+    """Return ``max_position_embeddings`` that lets a draft follow its verifier, and a note or ``""``.
+
+    Heads are trained on short sequences, and an engine stops drafting past this number. It is raised
+    to the verifier's unless the rotary scaling depends on it (``dynamic``).
+    """
+    if verifier is None or verifier <= positions:
+        return positions, ""
+    if parameters["rope_type"] == "dynamic":
+        return positions, (
+            f"max_position_embeddings stays at {positions}, as dynamic rotary scaling depends on it; "
+            f"the verifier has {verifier}"
+        )
+    return verifier, f"max_position_embeddings is raised from {positions} to the verifier's {verifier}"

@@ -1,0 +1,171 @@
+"""What a plugin implements to add an algorithm: `ConverterSpec` and its `Options`.
+
+A complete plugin is one class and one hook::
+
+    # speculators_toy.py
+    from speculators import ConverterSpec, Facts, Keep, Options, SpeculatorConfig, Table, hookimpl
+
+    class ToyConfig(SpeculatorConfig): ...
+
+    class Toy(ConverterSpec):
+        interface = 1
+        name = "toy"
+        summary = "Toy heads: one linear layer over the verifier's hidden state"
+        reference = "https://example.org/toy"
+        table = Table((Keep("fc.weight", "H, H"),))
+        options = Options
+        config = ToyConfig
+
+        def recognises(self, source): return set(source.tensors) == {"fc.weight"}
+        def examine(self, context): return Facts(dims={"H": context.verifier.hidden_size})
+        def configure(self, context, facts): return ToyConfig(...)
+        def dims(self, config): return {"H": config.transformer_layer_config.hidden_size}
+        def parts(self, config): return frozenset()
+        def build(self, config): from .draft import ToyDraft; return ToyDraft(config)
+
+    @hookimpl
+    def register_converter(): return Toy
+
+    # pyproject.toml
+    [project.entry-points.speculators]
+    toy = "speculators_toy"
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from speculators.checkpoint import Checkpoint
+from speculators.config import SpeculatorConfig
+from speculators.plan import Facts, Matching
+from speculators.table import Table
+from speculators.verifier import Verifier
+
+if TYPE_CHECKING:
+    from torch import nn
+
+INTERFACE = 1
+"""The version of this interface; a spec states the one it was written for."""
+
+
+class Options(BaseModel):
+    """An algorithm's keyword arguments: subclass it and add fields with descriptions.
+
+    Unknown arguments are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speculative_tokens: int = Field(default=3, ge=1, description="Draft tokens per step that the config proposes.")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that one conversion starts from.
+
+    Attributes:
+        source: The native checkpoint.
+        verifier: The base model.
+        options: The algorithm's checked options; an instance of its ``options`` class.
+        matching: Which tensors of the source belong to which rows.
+        dtype: Dtype in torch's spelling to which the user wants floating tensors cast, if any.
+    """
+
+    source: Checkpoint
+    verifier: Verifier
+    options: Any
+    matching: Matching
+    dtype: str | None = None
+
+    def shape(self, target: str) -> tuple[int, ...] | None:
+        """Return the shape of the source tensor that becomes ``target``; ``None`` if there is none."""
+        found = self.matching.moves.get(target)
+        return self.source.tensors[found.source].shape if found else None
+
+    def source_name(self, target: str) -> str | None:
+        """Return the name of the source tensor that becomes ``target``; ``None`` if there is none."""
+        found = self.matching.moves.get(target)
+        return found.source if found else None
+
+
+class ConverterSpec(ABC):
+    """One algorithm: which checkpoints it reads, what they become, and what the draft computes.
+
+    Attributes:
+        interface: The version of this interface that the plugin was written for.
+        name: The algorithm's name; equal to the plugin's entry-point name.
+        aliases: Other names that users know it by.
+        summary: One line for ``--list-algorithms``.
+        reference: URL of the paper or of the original code.
+        table: What becomes of every tensor.
+        options: The keyword arguments that it takes.
+        config: The output type that it writes and reads back.
+        embedding: Output name of the token embeddings; the verifier's when the output leaves it out.
+        head: Output name of the LM head; the verifier's when the output leaves it out.
+        buffers: Output names of tensors that are no parameters of the draft model.
+    """
+
+    interface: ClassVar[int]
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    table: ClassVar[Table]
+    options: ClassVar[type[Options]] = Options
+    config: ClassVar[type[SpeculatorConfig]]
+    embedding: ClassVar[str] = "embed_tokens.weight"
+    head: ClassVar[str] = "lm_head.weight"
+    buffers: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def recognises(self, source: Checkpoint) -> bool:
+        """Tell whether this algorithm's training code saved ``source``, from config and tensor names.
+
+        Called for ``--algorithm auto`` with every checkpoint; must not raise on foreign ones. Answer
+        true for members of the family that the table refuses: the refusal then names them.
+        """
+
+    @abstractmethod
+    def examine(self, context: Context) -> Facts:
+        """Find out what the table leaves open: sizes, which optional parts are in use, contradictions.
+
+        Tensors win over the config; say so in ``notes``. Put what makes a conversion impossible into
+        ``findings`` rather than raising, so that the user sees everything at once, and leave a
+        symbol out of ``dims`` when it cannot be known.
+        """
+
+    @abstractmethod
+    def configure(self, context: Context, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
+        """Build the output's config, and what the user should know about it, one sentence each.
+
+        Called only when there are no findings.
+        """
+
+    @abstractmethod
+    def dims(self, config: SpeculatorConfig) -> Mapping[str, int]:
+        """Return the table's symbols as an output's config states them; `examine` for the way back."""
+
+    @abstractmethod
+    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+        """Return the optional parts of the table that an output's config declares."""
+
+    @abstractmethod
+    def build(self, config: SpeculatorConfig) -> nn.Module:
+        """Build the draft model whose forward is the original code's; import torch only here.
+
+        Its parameters have the output's tensor names, without embeddings, LM head and ``buffers``.
+        It is called under ``torch.device("meta")`` and must offer:
+
+        ``combine(states)``
+            ``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from.
+            Its attribute ``state_size`` is ``S``.
+        ``forward(embeddings, hidden)``
+            ``[B, T, H]`` token embeddings, shifted by one against ``[B, T, H]`` hidden states →
+            ``(hidden, head_input)``, both ``[B, T, H]``: what is fed back for the next draft token,
+            and what the LM head is applied to.
+        """

@@ -1,0 +1,262 @@
+"""The renaming table: what becomes of every tensor that an algorithm's training code saves.
+
+A table is data. Each row states one fact about one tensor, or about one tensor per layer:
+
+=================  ==================================================================================
+`Rename`, `Keep`   the tensor is required, and is written under the target name
+`Shared`           it may be the verifier's: left out when equal to it or absent, written when not
+`Drop`             it is not needed, for the stated reason
+`Refuse`           its presence means a kind of draft that the algorithm cannot convert
+=================  ==================================================================================
+
+Source patterns match whole names: ``(a|b)`` is either spelling (the first is the one training code
+uses), ``{1:L}`` runs over the numbers from 1 below ``L``, ``*`` is any one dotted part and ``**`` any
+stretch; the last two only in rows that write nothing. Shapes are products of symbols, as in
+``"heads*head_dim, 2*H"``; what a symbol stands for is the algorithm's to say (its ``dimensions``).
+
+Each tensor belongs to exactly one row. `Refuse` rows are looked at first, then `Drop` rows; after
+them two matching rows are an error in the table and none is an error to report, so the order of
+rows never matters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from speculators.dtypes import FLOATS
+
+_TOKEN = re.compile(r"\(([^()]*)\)|\{(\w+):(\w+)\}|(\*\*)|(\*)|([^(){}*]+)")
+_SYMBOL = re.compile(r"[A-Za-z_]\w*|\d+")
+
+
+@dataclass(frozen=True)
+class Derive:
+    """How to make a tensor that the checkpoint lacks from ones that it has.
+
+    Args:
+        by: Where the function lives, as ``"package.module:function"``; imported when it is needed.
+            It is called with the source `Checkpoint`, the source names of ``sources`` in order, and
+            the shape to make, and returns the dtype (``"I64"``) and the bytes of the new tensor.
+        sources: Target names that it needs; it is used only when all of them are there.
+        why: What the user is told.
+    """
+
+    by: str
+    sources: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What all rows share: the pattern of the source name."""
+
+    source: str
+
+    def __post_init__(self) -> None:
+        """Reject a malformed pattern where it is written, on the author's machine."""
+        if "".join(match.group() for match in _TOKEN.finditer(self.source)) != self.source:
+            raise ValueError(f"malformed pattern {self.source!r}")
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        """The source pattern as a regular expression; numbered places become groups."""
+        return _compile(self.source)
+
+    @property
+    def name(self) -> str:
+        """The source pattern in the spelling that training code uses."""
+        return re.sub(r"\(([^()|]*)[^()]*\)", r"\1", self.source)
+
+
+@dataclass(frozen=True)
+class Rename(Row):
+    """A tensor that is written under another name.
+
+    Args:
+        source: Pattern of the name in the checkpoint.
+        target: Name in the output; its ``{a:b}`` places take the numbers of the source's.
+        shape: Shape in symbols, dimensions separated by commas.
+        part: Name of the optional part of the draft that the tensor belongs to. Rows of one part are
+            present together or not at all. Without one, the tensor is always required.
+        dtypes: Dtypes that it may have.
+        derive: How to make it when its part is there and it is not.
+        unless: Why it is left out when its part is not in use although the tensor is there.
+    """
+
+    target: str
+    shape: str
+    part: str = ""
+    dtypes: tuple[str, ...] = FLOATS
+    derive: Derive | None = None
+    unless: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that both sides run over the same numbers and that nothing is written by wildcard."""
+        super().__post_init__()
+        if "*" in self.source or "*" in self.target or "(" in self.target:
+            raise ValueError(f"row {self.source!r} -> {self.target!r}: a written tensor needs exact names")
+        if _ranges(self.source) != _ranges(self.target):
+            raise ValueError(f"row {self.source!r} -> {self.target!r}: the numbered places differ")
+        for symbol in symbols(self.shape):
+            if not _SYMBOL.fullmatch(symbol):
+                raise ValueError(f"row {self.source!r}: malformed shape {self.shape!r}")
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """The symbols that bound the row's numbered place."""
+        return tuple(bound for bounds in _ranges(self.source) for bound in bounds if not bound.isdigit())
+
+    def numbered(self, numbers: tuple[int, ...]) -> str:
+        """Return the target name with its places filled by ``numbers``."""
+        return fill(self.target, numbers)
+
+    def as_output(self) -> Rename:
+        """Return the row that recognises this one's target in an output."""
+        return replace(self, source=self.target, derive=None)
+
+    def expansions(self, dims: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """List the numbers that the row's place runs over; one empty tuple without a place."""
+        ranges = _ranges(self.source)
+        if not ranges:
+            return [()]
+        ((start, stop),) = ranges
+        return [(number,) for number in range(evaluate(start, dims), evaluate(stop, dims))]
+
+
+def Keep(  # noqa: N802 - a row like the others
+    name: str,
+    shape: str,
+    *,
+    part: str = "",
+    dtypes: tuple[str, ...] = FLOATS,
+    derive: Derive | None = None,
+    unless: str = "",
+) -> Rename:
+    """A tensor that keeps its name; the arguments are those of `Rename`."""
+    return Rename(name, re.sub(r"\(([^()|]*)[^()]*\)", r"\1", name), shape, part, dtypes, derive, unless)
+
+
+@dataclass(frozen=True)
+class Shared(Rename):
+    """A tensor that drafts share with their verifier.
+
+    It is left out of the output when it equals the verifier's, as inference engines share that one.
+    When it differs it is written, or refused where ``own`` is false. When it is absent the
+    verifier's takes its place, if the shapes allow it.
+
+    Args:
+        verifier: Which of the verifier's tensors: ``"embed_tokens"`` or ``"lm_head"``.
+        own: Whether the output type has room for a draft's own.
+    """
+
+    verifier: str = ""
+    own: bool = True
+
+
+@dataclass(frozen=True)
+class Drop(Row):
+    """A tensor that is not needed, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refuse(Row):
+    """A tensor that marks a kind of draft the algorithm cannot convert; ``why`` names the kind."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one algorithm.
+
+    Args:
+        rows: In any order.
+        prefixes: Prefixes that some trainers put before every name; stripped before matching.
+
+    Raises:
+        ValueError: Two rows write one name, or match each other's tensors.
+    """
+
+    rows: tuple[Row, ...]
+    prefixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Find conflicting rows when the table is built."""
+        targets: dict[str, Rename] = {}
+        for row in self.moving:
+            if row.target in targets:
+                raise ValueError(f"two rows write {row.target!r}: {targets[row.target].source!r} and {row.source!r}")
+            targets[row.target] = row
+            sample = fill(row.name, tuple(int(start) for start, _ in _ranges(row.source)))
+            clashing = [other.source for other in self.moving if other is not row and other.regex.fullmatch(sample)]
+            if clashing:
+                raise ValueError(f"rows {row.source!r} and {clashing[0]!r} both match {sample!r}")
+
+    @property
+    def moving(self) -> tuple[Rename, ...]:
+        """The rows that may write a tensor."""
+        return tuple(row for row in self.rows if isinstance(row, Rename))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The optional parts of a draft, sorted."""
+        return tuple(sorted({row.part for row in self.moving if row.part}))
+
+    def spellings(self, name: str) -> list[str]:
+        """Return ``name`` and what is left of it without each declared prefix."""
+        return [name, *(name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix))]
+
+
+def symbols(shape: str) -> list[str]:
+    """List the factors of a shape, numbers included."""
+    return [factor.strip() for dimension in shape.split(",") for factor in dimension.split("*")]
+
+
+def evaluate(product: str, dims: Mapping[str, int]) -> int:
+    """Compute a product such as ``"2*H"``.
+
+    Raises:
+        KeyError: A symbol is not in ``dims``.
+    """
+    result = 1
+    for factor in map(str.strip, product.split("*")):
+        result *= int(factor) if factor.isdigit() else dims[factor]
+    return result
+
+
+def fill(pattern: str, numbers: tuple[int, ...]) -> str:
+    """Put ``numbers`` into the ``{a:b}`` places of a pattern."""
+    remaining = iter(numbers)
+    return re.sub(r"\{\w+:\w+\}", lambda _: str(next(remaining)), pattern)
+
+
+def _ranges(pattern: str) -> list[tuple[str, str]]:
+    return re.findall(r"\{(\w+):(\w+)\}", pattern)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    parts = []
+    for match in _TOKEN.finditer(pattern):
+        alternatives, start, _, anything, one, literal = match.groups()
+        if alternatives is not None:
+            parts.append(f"(?:{'|'.join(map(re.escape, alternatives.split('|')))})")
+        elif start is not None:
+            parts.append(_number_from(int(start)))
+        elif anything:
+            parts.append(r".*")
+        elif one:
+            parts.append(r"[^.]+")
+        else:
+            parts.append(re.escape(literal))
+    return re.compile("".join(parts))
+
+
+def _number_from(start: int) -> str:
+    if start > 1:
+        raise ValueError("a numbered place starts at 0 or 1")
+    return r"(0|[1-9]\d*)" if start == 0 else r"([1-9]\d*)"

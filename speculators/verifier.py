@@ -1,0 +1,102 @@
+"""The verifier: what its config says, and the few tensors that a draft shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from speculators.checkpoint import Checkpoint
+from speculators.errors import CheckpointError
+
+TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
+"""Where multimodal configs keep the language model's; the last is an old vLLM draft's."""
+
+SHARED_TENSORS: Mapping[str, tuple[str, ...]] = {
+    "embed_tokens": (
+        "model.embed_tokens.weight",
+        "model.language_model.embed_tokens.weight",
+        "language_model.model.embed_tokens.weight",
+        "embed_tokens.weight",
+        "transformer.wte.weight",
+        "gpt_neox.embed_in.weight",
+    ),
+    "lm_head": (
+        "lm_head.weight",
+        "language_model.lm_head.weight",
+        "model.lm_head.weight",
+        "output.weight",
+        "embed_out.weight",
+    ),
+}
+"""Role → the names under which model families store it, the most common first."""
+
+
+class Verifier:
+    """A base model, of which only ``config.json`` is read until a tensor is asked for.
+
+    Args:
+        location: As the user gave it; it becomes ``name_or_path`` in the output.
+
+    Raises:
+        CheckpointError: Not a checkpoint, or its config lacks a size that is needed.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.name = str(location)
+        self._checkpoint = Checkpoint(Path(location).expanduser())
+        self.text = text_config(self._checkpoint.config)
+        self.architectures: list[str] = list(self._checkpoint.config.get("architectures") or [])
+        self.hidden_size = self._size("hidden_size", "n_embd")
+        self.vocab_size = self._size("vocab_size")
+        self.num_layers = self._size("num_hidden_layers", "n_layer")
+        self.max_positions: int | None = self.text.get("max_position_embeddings")
+
+    def _size(self, *keys: str) -> int:
+        for key in keys:
+            if isinstance(value := self.text.get(key), int):
+                return value
+        raise CheckpointError(f"the config of the verifier {self.name} does not say {keys[0]}")
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the shareable tensors by role, as the config implies them."""
+        return dict.fromkeys(SHARED_TENSORS, (self.vocab_size, self.hidden_size))
+
+    @cached_property
+    def weights(self) -> Checkpoint | None:
+        """The verifier's checkpoint if it holds weights; a config alone is enough for many drafts."""
+        return self._checkpoint if self._checkpoint.has_weights else None
+
+    def find(self, role: str) -> str | None:
+        """Name the tensor that plays ``role``, or ``None`` when no weights are at hand.
+
+        Raises:
+            CheckpointError: There are weights, but none of the known names is among them, or the
+                tensor has another shape than the config says.
+        """
+        if self.weights is None:
+            return None
+        tied = role == "lm_head" and self.text.get(
+            "tie_word_embeddings", self._checkpoint.config.get("tie_word_embeddings")
+        )
+        names = (*SHARED_TENSORS[role], *(SHARED_TENSORS["embed_tokens"] if tied else ()))
+        for name in names:
+            if name in self.weights.tensors:
+                found = self.weights.tensors[name]
+                if found.shape != self.shapes[role]:
+                    raise CheckpointError(
+                        f"{name} of the verifier {self.name} is {found}, its config says {list(self.shapes[role])}"
+                    )
+                return name
+        raise CheckpointError(f"the verifier {self.name} has weights, but no {role}: looked for {', '.join(names)}")
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a config: nested blocks first, then what stands outside."""
+    merged = {key: value for key, value in config.items() if value is not None}
+    for block in TEXT_BLOCKS:
+        if isinstance(config.get(block), Mapping):
+            merged |= {key: value for key, value in text_config(config[block]).items() if value is not None}
+    return merged
