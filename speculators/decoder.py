@@ -178,8 +178,10 @@ class _Sizes:
     def stated(self, symbol: str, key: str, witness: str) -> None:
         """Take a size that the config states; a tensor speaks only where it does not."""
         value = self.config.get(key, self.rows(witness))
-        if isinstance(value, int):
+        if type(value) is int and value > 0:
             self.dims[symbol] = value
+        elif value is not None:
+            self.findings.append(f"config.json says {key} {value!r}, expected a positive whole number")
 
     def observed(self, symbol: str, key: str, value: int) -> None:
         """Take a size that the tensors decide, and tell when the config says otherwise."""

@@ -186,12 +186,14 @@ class _Builder:
         self.from_verifier: dict[str, str] = {}
         self.wrong: list[str] = []
         self.missing: list[str] = []
+        self.unknown: set[str] = set()
 
     def place(self, row: Rename) -> None:
         try:
             expansions = row.expansions(self.facts.dims)
-        except KeyError:
-            return  # the symbol's absence is a finding of the algorithm's own
+        except KeyError as error:
+            self.unknown.add(error.args[0])
+            return
         for numbers in expansions:
             target = row.numbered(numbers)
             found = self.pending.pop(target, None)
@@ -237,7 +239,8 @@ class _Builder:
     def shape(self, row: Rename) -> tuple[int, ...] | None:
         try:
             return tuple(evaluate(dimension, self.facts.dims) for dimension in row.shape.split(","))
-        except KeyError:
+        except KeyError as error:
+            self.unknown.add(error.args[0])
             return None
 
     def finish(self) -> Plan:
@@ -246,10 +249,13 @@ class _Builder:
             return Plan(findings=tuple(f"{why} ({names})" for why, names in _by_reason(matching.refused).items()))
         findings = list(matching.doubled)
         findings += [f"{line}: matches no row of the table" for line in fold(matching.unmatched, self.tensors)]
-        findings += fold(f"{found.source} {self._outside(found.row)}" for found in self.pending.values())
+        if not self.unknown:
+            findings += fold(f"{found.source} {self._outside(found.row)}" for found in self.pending.values())
         findings += [f"missing: {line}" for line in fold(self.missing)]
         findings += fold(self.wrong)
         findings += self.facts.findings
+        if self.unknown and not findings:
+            findings.append(f"neither config nor tensors tell {', '.join(sorted(self.unknown))}")
         return Plan(
             tuple(sorted(self.moves, key=lambda move: move.target)),
             tuple(self.comparisons),

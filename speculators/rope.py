@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from speculators.errors import CheckpointError
+
 DEFAULT_THETA = 10000.0
 """The base that LlamaConfig and the EAGLE and HASS training code take when a config names none."""
 
@@ -27,10 +29,12 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
         config: The draft's config, both spellings allowed.
         positions: The draft's own ``max_position_embeddings``, to which scaling types refer that
             name no ``original_max_position_embeddings``.
+
+    Raises:
+        CheckpointError: A spelling holds something else than one flat object.
     """
     notes: list[str] = []
-    legacy = dict(config.get("rope_scaling") or {})
-    modern = dict(config.get("rope_parameters") or {})
+    legacy, modern = _block(config, "rope_scaling"), _block(config, "rope_parameters")
     theta = config.get("rope_theta")
     old = legacy | ({"rope_theta": theta} if theta is not None else {})
     for key in sorted(old.keys() & modern.keys()):
@@ -54,6 +58,13 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
         if merged.get("factor") is None and merged["rope_type"] != "llama3":
             merged["factor"] = positions / merged["original_max_position_embeddings"]
     return merged, notes
+
+
+def _block(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    block = config.get(key) or {}
+    if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
+        raise CheckpointError(f"config.json says {key} {block!r}, expected one flat JSON object")
+    return dict(block)
 
 
 def legacy_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -106,6 +106,8 @@ class ConverterSpec(ABC):
         options: The keyword arguments that it takes.
         config: The output type that it writes and reads back.
         embedding: Output name of the token embeddings; the verifier's when the output leaves it out.
+        copies_embedding: Whether training saves a frozen copy of the verifier's embeddings in the draft's
+            dtype, so that the draft saw rounded ones.
         head: Output name of the LM head; the verifier's when the output leaves it out.
         buffers: Output names of tensors that are no parameters of the draft model.
     """
@@ -119,6 +121,7 @@ class ConverterSpec(ABC):
     options: ClassVar[type[Options]] = Options
     config: ClassVar[type[SpeculatorConfig]]
     embedding: ClassVar[str] = "embed_tokens.weight"
+    copies_embedding: ClassVar[bool] = False
     head: ClassVar[str] = "lm_head.weight"
     buffers: ClassVar[tuple[str, ...]] = ()
 

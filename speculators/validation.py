@@ -5,10 +5,12 @@ Nothing is taken from memory: config and tensors are read back from the folder t
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.errors import OptionError, ValidationError
 from speculators.plan import Facts, match, plan
@@ -186,7 +188,10 @@ class Draft:
             return hidden, self.logits(head_input)
 
     def embed(self, tokens: Tensor, width: int) -> Tensor:
-        """``[B, T]`` ids → ``[B, T, H]`` embeddings; random ones when no file holds them."""
+        """``[B, T]`` ids → ``[B, T, H]`` embeddings; random ones when no file holds them.
+
+        Where training saves a copy of the verifier's in the draft's dtype, the verifier's are rounded alike.
+        """
         import torch
 
         home = self._home(self._spec.embedding, "embed_tokens")
@@ -196,7 +201,17 @@ class Draft:
         checkpoint, name = home
         distinct, positions = torch.unique(tokens, return_inverse=True)
         rows = torch.cat([checkpoint.tensor(name, (row, row + 1)) for row in distinct.tolist()])
+        if checkpoint is not self._converted and self._spec.copies_embedding:
+            rows = rows.to(self._stored_dtype)
         return rows[positions].to(self.device, self.dtype)
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        import torch
+
+        stored = Counter(info.dtype for info in self._converted.tensors.values() if info.dtype in dtypes.FLOATS)
+        dtype: torch.dtype = getattr(torch, dtypes.TORCH_NAMES[stored.most_common(1)[0][0]])
+        return dtype
 
     def logits(self, head_input: Tensor) -> Tensor | None:
         """``[B, T, H]`` → ``[B, T, DV]``; ``None`` when no file holds the LM head."""

@@ -89,6 +89,7 @@ class Eagle(ConverterSpec):
     table = TABLE
     options = EagleOptions
     config = EagleConfig
+    copies_embedding = True
 
     def recognises(self, source: Checkpoint) -> bool:
         """EAGLE's modules without the norms of the HASS variant."""

@@ -45,7 +45,7 @@ def _output_bias(source: str, target: str) -> Rename:
         f"{source}self_attn.o_proj.bias",
         f"{target}self_attn.o_proj.bias",
         "H",
-        part="qkv_bias",
+        part="o_bias",
         derive=Derive(
             "speculators.decoder:zeros",
             (f"{target}self_attn.q_proj.bias",),
@@ -112,7 +112,7 @@ class Eagle3Options(decoder.DraftOptions):
     )
     eagle_aux_hidden_state_layer_ids: list[int] | None = Field(
         default=None,
-        description="Verifier layers whose inputs fc joins (2, n/2 and n-3 of n when neither given nor in config.json).",
+        description="Verifier layers whose inputs fc joins (2, n/2, n-3 of n when neither given nor in config.json).",
     )
 
 

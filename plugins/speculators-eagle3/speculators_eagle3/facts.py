@@ -31,6 +31,8 @@ def examine(table: Table, context: Context) -> Facts:
     findings += _draft_vocabulary(context, config, dims, notes)
     if dims["DV"] < dims["V"]:
         parts.add("draft_vocabulary")
+    if {"qkv_bias", "o_bias"} & parts:
+        parts |= {"qkv_bias", "o_bias"}  # engines know all four biases or none
     findings += decoder.check_options(table, context, parts)
     findings += _norms(context, config, parts, notes)
     findings += _hidden_flags(context, config)

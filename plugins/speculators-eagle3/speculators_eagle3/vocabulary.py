@@ -31,11 +31,22 @@ def mask(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> 
     return "BOOL", marked.tobytes()
 
 
+ABSOLUTE = "it seems to hold token ids where offsets (id - position) are expected"
+
+SMALL = 16
+"""Up to this many tokens, a draft vocabulary without neighbouring ids may be a coincidence."""
+
+
 def _targets(d2t: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     targets: NDArray[Any] = np.arange(len(d2t)) + d2t
     return targets
+
+
+def _looks_absolute(d2t: NDArray[Any], vocabulary: int) -> bool:
+    """Tell token ids, which rise at every step, from offsets, which stand still between neighbours."""
+    return bool(d2t.min() >= 0 and d2t.max() < vocabulary and (d2t[1:] > d2t[:-1]).all())
 
 
 def check_maps(d2t: NDArray[Any] | None, t2d: NDArray[Any] | None, size: int, vocabulary: int) -> list[str]:
@@ -54,11 +65,12 @@ def check_maps(d2t: NDArray[Any] | None, t2d: NDArray[Any] | None, size: int, vo
     if not d2t.any() and size < vocabulary and (t2d is None or not t2d.any()):
         return ["d2t is all zeros, the value of a buffer that was never filled: the vocabulary map was not saved"]
     if targets.min(initial=0) < 0 or targets.max(initial=0) >= vocabulary:
-        absolute = d2t.min() >= 0 and d2t.max() < vocabulary and len(np.unique(d2t)) == len(d2t)
-        hint = "; it seems to hold token ids where offsets (id - position) are expected" if absolute else ""
+        hint = f"; {ABSOLUTE}" if _looks_absolute(d2t, vocabulary) else ""
         return [*findings, f"d2t leads to tokens {targets.min()} to {targets.max()} of {vocabulary}{hint}"]
     if len(np.unique(targets)) != len(targets):
         findings.append("d2t leads to one token twice")
+    if t2d is None and size > SMALL and _looks_absolute(d2t, vocabulary):
+        findings.append(f"no two neighbours in d2t are equal: {ABSOLUTE}")
     if t2d is not None and not np.array_equal(np.sort(targets), np.flatnonzero(t2d)):
         wrong = int((~t2d[targets]).sum())
         findings.append(f"d2t and t2d disagree about {wrong} of the {len(targets)} draft tokens")

@@ -1,0 +1,48 @@
+"""Compare a converted head with what the original code computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints import DATA, VERIFIER
+from safetensors.torch import load_file
+from torch import Tensor
+
+from speculators import Checkpoint, Registry, Verifier, convert_model
+from speculators.validation import Draft
+
+TOLERANCE = 1e-4
+"""Largest difference over the largest value, in float32."""
+
+
+def converted_draft(source: Path, folder: Path, verifier: Path = VERIFIER, **options: object) -> Draft:
+    """Convert ``source`` and load the result as the validation does, in float32."""
+    result = convert_model(source, verifier=verifier, output_path=folder, **options)
+    spec = Registry().get(result.algorithm).spec
+    converted = Checkpoint(folder)
+    config = spec.config.model_validate(converted.config)
+    return Draft(converted, config, spec, Verifier(verifier), dtype="float32")
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """Read the inputs and outputs of the original code, float32."""
+    return load_file(DATA / name / "golden" / "golden.safetensors")
+
+
+def difference(found: Tensor | None, expected: Tensor) -> float:
+    """Return the largest difference over the largest expected value."""
+    assert found is not None
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def assert_parity(name: str, folder: Path) -> None:
+    """Assert that the converted head computes the original code's hidden states and logits."""
+    expected = golden(name)
+
+    hidden, logits = converted_draft(DATA / name, folder).run(
+        expected["draft_input_ids"], expected["verifier_hidden_states"]
+    )
+
+    assert difference(hidden, expected["draft_hidden_states"]) < TOLERANCE
+    assert difference(logits, expected["draft_logits"]) < TOLERANCE
