@@ -208,7 +208,8 @@ def _type_name(schema: Mapping[str, Any]) -> str:
 
 def _listing(registry: Registry, algorithms: list[dict[str, Any]]) -> str:
     if not registry.names:
-        return registry.describe_installed().capitalize()
+        message = registry.describe_installed()
+        return message[0].upper() + message[1:]
     lines: list[str] = []
     for facts in algorithms:
         known_as = f" (also {', '.join(facts['aliases'])})" if facts["aliases"] else ""

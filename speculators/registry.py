@@ -118,7 +118,7 @@ class Registry:
         """Say what is installed, or what to install when nothing is."""
         if self.names:
             return f"installed: {', '.join(self.names)}"
-        return f"no algorithm is installed. Install one or all of them: pip install {' '.join(known_packages())}"
+        return f"no algorithm is installed; to have one or all of them: pip install {' '.join(known_packages())}"
 
     def _load(self, name: str) -> Algorithm | BrokenPlugin:
         if name not in self._loaded:
@@ -138,11 +138,11 @@ class Registry:
 
 
 def known_packages() -> list[str]:
-    """Name the plugin packages that the core's own metadata recommends (its extra ``all``)."""
-    requirements = importlib.metadata.requires("speculators") or []
-    return [
-        line.split(";")[0].split(">")[0].strip() for line in requirements if "extra == 'all'" in line.replace('"', "'")
-    ]
+    """Name the plugin packages that the core's own metadata recommends (its extra ``all``), sorted."""
+    from packaging.requirements import Requirement
+
+    requirements = map(Requirement, importlib.metadata.requires("speculators") or [])
+    return sorted(each.name for each in requirements if each.marker and "extra" in str(each.marker))
 
 
 def _origin(entry_point: EntryPoint) -> tuple[str, str]:

@@ -1,0 +1,140 @@
+"""How algorithms are found, and what happens when plugins misbehave.
+
+Plugins are installed for real: a module and its ``.dist-info`` in a folder on ``sys.path``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoints, distributions
+from pathlib import Path
+
+import pytest
+from checkpoints import DATA, VERIFIER
+
+from speculators import AlgorithmError, Checkpoint, PluginError, Registry, convert_model
+
+TOY = (Path(__file__).parent / "toy" / "speculators_toy" / "__init__.py").read_text()
+
+Install = Callable[..., Registry]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install plugin packages side by side and return a registry that sees them alone."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def add(name: str, source: str, package: str = "", version: str = "0.3.0") -> Registry:
+        package = package or f"speculators-{name}"
+        module = package.replace("-", "_")
+        (site / f"{module}.py").write_text(source)
+        info = site / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[speculators]\n{name} = {module}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        found = [entry for each in distributions(path=[str(site)]) for entry in each.entry_points]
+        return Registry(EntryPoints(found))
+
+    return add
+
+
+def test_an_installed_plugin_is_found_under_its_name_and_its_alias(install: Install) -> None:
+    registry = install("toy", TOY)
+
+    assert registry.names == ["toy"]
+    assert registry.get("toy").spec.summary == "Toy heads for tests"
+    assert registry.get("plaything").spec.name == "toy"
+    assert (registry.get("toy").package, registry.get("toy").version) == ("speculators-toy", "0.3.0")
+
+
+def test_names_are_listed_without_importing_any_plugin(install: Install) -> None:
+    registry = install("toy", "raise SystemExit('imported')")
+
+    assert registry.names == ["toy"]
+
+
+def test_our_own_algorithms_are_plugins_like_any_other() -> None:
+    registry = Registry()
+
+    assert registry.names == ["eagle", "eagle3", "hass"]
+    assert registry.broken == []
+
+
+def test_a_plugin_that_fails_to_import_is_reported_and_does_not_take_the_others_down(install: Install) -> None:
+    install("toy", TOY)
+    registry = install("bad", "import a_package_that_is_not_there")
+
+    assert [algorithm.spec.name for algorithm in registry.algorithms] == ["toy"]
+    assert [str(plugin) for plugin in registry.broken] == [
+        "bad (speculators-bad 0.3.0): ModuleNotFoundError: No module named 'a_package_that_is_not_there'"
+    ]
+    with pytest.raises(PluginError, match=r"bad \(speculators-bad 0\.3\.0\): ModuleNotFoundError"):
+        registry.get("bad")
+
+
+def test_two_packages_with_one_name_are_an_error_that_names_both(install: Install) -> None:
+    install("toy", TOY)
+    install("other", TOY.replace('name = "toy"', 'name = "other"').replace('"plaything"', '"trinket"'))
+    registry = install("toy", TOY, package="toys-r-us", version="2.0")
+
+    with pytest.raises(PluginError, match=r"speculators-toy 0\.3\.0 and toys-r-us 2\.0 both bring"):
+        registry.get("toy")
+    assert registry.get("other").spec.name == "other"
+
+
+def test_two_plugins_with_one_alias_must_be_told_apart(install: Install) -> None:
+    install("toy", TOY)
+    registry = install("other", TOY.replace('name = "toy"', 'name = "other"'))
+
+    with pytest.raises(PluginError, match=r"alias of other \(.*\) and toy \("):
+        registry.get("plaything")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        pytest.param("interface = 1", "interface = 7", "interface 7, this is 1", id="another interface"),
+        pytest.param("    interface = 1\n", "", "lacks interface", id="no interface"),
+        pytest.param("def examine", "def examin", "lacks examine", id="a method missing"),
+        pytest.param('name = "toy"', 'name = "tyo"', "named 'toy', its spec 'tyo'", id="another name"),
+        pytest.param("return Toy\n", "return 42\n", "does not return one ConverterSpec", id="nonsense returned"),
+        pytest.param("@hookimpl\n", "", "does not return one ConverterSpec", id="no hook"),
+        pytest.param("register_converter()", "register_convertor()", "unknown hook", id="a hook misspelt"),
+        pytest.param(
+            '"linear.weight", "H, 2*H"', '"linear.{0:L}.weight", "H"', "numbered places differ", id="a bad row"
+        ),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract_is_reported(install: Install, old: str, new: str, reason: str) -> None:
+    assert old in TOY
+    registry = install("toy", TOY.replace(old, new))
+
+    with pytest.raises(PluginError, match=reason):
+        registry.get("toy")
+
+
+def test_with_nothing_installed_the_message_names_the_packages_to_install() -> None:
+    message = r"no algorithm is installed.*pip install speculators-eagle speculators-eagle3 speculators-hass"
+
+    with pytest.raises(AlgorithmError, match=message):
+        Registry(EntryPoints(())).get("eagle3")
+
+
+def test_auto_names_all_that_recognise_one_checkpoint(install: Install) -> None:
+    eager = TOY.replace('set(source.tensors) == {"toy.weight"}', "True")
+    install("toy", eager)
+    registry = install("other", eager.replace('name = "toy"', 'name = "other"'))
+
+    with pytest.raises(AlgorithmError, match="could be any of other, toy; choose one with --algorithm"):
+        registry.recognise(Checkpoint(DATA / "eagle3"))
+
+
+def test_auto_says_which_plugins_could_not_be_asked(install: Install, tmp_path: Path) -> None:
+    registry = install("bad", "1 / 0")
+
+    with pytest.raises(AlgorithmError, match="not asked, as they are broken: bad .*ZeroDivisionError"):
+        convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", registry=registry)

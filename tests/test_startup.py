@@ -1,0 +1,41 @@
+"""Commands start without what they do not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import speculators
+
+HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+
+
+def modules_after(code: str) -> set[str]:
+    """Run ``code`` in a fresh interpreter and return the names of the modules it imported."""
+    program = f"import sys\n{code}\nprint('\\n' + ' '.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["convert", "--list-algorithms"]]
+)
+def test_help_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
+    loaded = modules_after(f"from speculators.cli import cli\ncli({arguments!r}, standalone_mode=False)")
+
+    assert "speculators.cli" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_importing_the_package_imports_none_of_its_dependencies() -> None:
+    loaded = modules_after("import speculators")
+
+    assert not loaded & {*HEAVY, "pydantic", "click", "pluggy"}
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in speculators.__all__:
+        assert getattr(speculators, name) is not None
+    assert sorted(speculators.__all__) == speculators.__all__
