@@ -136,5 +136,5 @@ def test_auto_names_all_that_recognise_one_checkpoint(install: Install) -> None:
 def test_auto_says_which_plugins_could_not_be_asked(install: Install, tmp_path: Path) -> None:
     registry = install("bad", "1 / 0")
 
-    with pytest.raises(AlgorithmError, match="not asked, as they are broken: bad .*ZeroDivisionError"):
+    with pytest.raises(AlgorithmError, match=r"not asked, as they are broken: bad .*ZeroDivisionError"):
         convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", registry=registry)

@@ -553,8 +553,8 @@ def tensors_of(record: Mapping[str, Any], case: Case, dims: Mapping[str, int], e
         ]
         kind = DTYPES.get(dtype, torch.bfloat16)
         for full in [name.format(i=number) for number in range(dims["naux"])] if "{i}" in name else [name]:
-            full = full.replace("layers.0 or midlayer", "midlayer")
-            tensors[full] = _values(full, extent, kind, dims, generator)
+            spelled = full.replace("layers.0 or midlayer", "midlayer")
+            tensors[spelled] = _values(spelled, extent, kind, dims, generator)
     if "embed_tokens.weight" in tensors and not case.config.get("own_embeddings") and dims["H"] == dims["TH"]:
         tensors["embed_tokens.weight"] = embeddings.to(tensors["embed_tokens.weight"].dtype)
     if "lm_head.weight" in case.extra:

@@ -23,7 +23,7 @@ class ToyConfig(SpeculatorConfig):
     """The output type ``toy``."""
 
     speculators_model_type: str = "toy"
-    architectures: list[str] = ["ToySpeculator"]
+    architectures: list[str] = Field(default=["ToySpeculator"])
     squash: bool
 
 

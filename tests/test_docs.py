@@ -1,0 +1,57 @@
+"""What README and docs say is what is done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from speculators import Registry
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    setup, tests, *_ = blocks(ROOT / "README.md", "console")
+    script = (ROOT / ".ci" / "run").read_text()
+
+    assert setup in script
+    assert tests in script
+
+
+def test_the_python_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+
+    exec(blocks(ROOT / "README.md", "python")[0], {})  # noqa: S102 - our own page
+
+    assert capsys.readouterr().out == "layers.0.hidden_norm.weight\n"
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+def test_the_page_of_a_plugin_lists_exactly_its_options(name: str) -> None:
+    page = (ROOT / "plugins" / f"speculators-{name}" / "README.md").read_text()
+
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(Registry().get(name).spec.options.model_fields)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("plugins/*/README.md")]
+    assert len(pages) >= 9
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_core_names_no_algorithm() -> None:
+    names = re.compile(rf"\b({'|'.join(Registry().names)}|medusa|dflash)\b")
+    for module in (ROOT / "speculators").glob("*.py"):
+        code = re.sub(r'""".*?"""|#.*', "", module.read_text(), flags=re.DOTALL)
+        assert not names.search(code), module.name
