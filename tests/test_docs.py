@@ -30,7 +30,7 @@ def test_the_python_example_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
 
-    exec(blocks(ROOT / "README.md", "python")[0], {})  # noqa: S102 - our own page
+    exec(blocks(ROOT / "README.md", "python")[0], {})
 
     assert capsys.readouterr().out == "layers.0.hidden_norm.weight\n"
 
