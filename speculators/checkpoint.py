@@ -7,7 +7,7 @@ pickled PyTorch file, sharded pickles.
 from __future__ import annotations
 
 import json
-import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,29 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
-
 FORMATS: Mapping[str, tuple[str, Callable[[Path], WeightFile]]] = {
     ".safetensors": ("model", SafetensorsFile),
     ".bin": ("pytorch_model", PickleFile),
 }
 """Suffix of a weight file → conventional stem, reader; in order of preference."""
+
+
+INDEX = ".index.json"
+"""What the name of a sharded checkpoint's index ends in, after that of the whole."""
+
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+
+
+def local_path(location: str | Path) -> Path:
+    """Return the path that a user means, with ``~`` expanded.
+
+    Raises:
+        CheckpointError: There is no such home directory.
+    """
+    try:
+        return Path(location).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{location}: {error}") from error
 
 
 class Checkpoint:
@@ -44,8 +60,12 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.folder = path if path.is_dir() else path.parent
-        if not path.exists():
+        try:
+            self.folder = path if path.is_dir() else path.parent
+            exists = path.exists()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no path that this system knows: {error}") from error
+        if not exists:
             raise CheckpointError(f"{path} does not exist; expected a folder with config.json and weights")
         self.config = read_json(self.folder / "config.json")
 
@@ -76,7 +96,7 @@ class Checkpoint:
     @property
     def has_weights(self) -> bool:
         """Whether a weight file lies in the folder; a verifier may consist of its config alone."""
-        return self.path.is_file() or any(_candidates(self.path))
+        return self.path.is_file() or any(True for _ in _candidates(self.path))
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor, piece by piece."""
@@ -85,7 +105,7 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> memoryview:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor."""
         info = self.tensors[name]
-        size = info.nbytes // info.shape[0]
+        size = info.nbytes // max(1, info.shape[0])
         return self._homes[name].read(name, start * size, stop * size)
 
     def array(self, name: str) -> NDArray[Any]:
@@ -130,49 +150,50 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _candidates(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+def _candidates(folder: Path) -> Iterator[list[Path]]:
+    """Yield alternative sets of weight files: those with conventional names first, then any others."""
     for suffix, (stem, _) in FORMATS.items():
-        for name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json"):
-            if (folder / name).is_file():
-                yield suffix, [folder / name]
-        others = sorted(file for file in folder.glob(f"*{suffix}") if not file.name.startswith("adapter_"))
-        if others:
-            yield suffix, others
+        named = [folder / f"{stem}{suffix}", folder / f"{stem}{suffix}{INDEX}"]
+        if present := [file for file in named if file.is_file()]:
+            yield present
+    for suffix in FORMATS:
+        if others := sorted(file for file in folder.glob(f"*{suffix}") if not file.name.startswith("adapter_")):
+            yield others
 
 
 def _open_all(path: Path) -> Iterator[WeightFile]:
     if path.is_file():
-        if path.suffix not in FORMATS:
-            raise CheckpointError(f"{path} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
-        yield FORMATS[path.suffix][1](path)
-        return
-    found = list(_candidates(path))
-    if not found:
-        listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
-        raise CheckpointError(f"{path} holds no weights: expected *.safetensors or *.bin, found {listing}")
-    suffix, files = found[0]
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{path} holds several weight files and no index ({', '.join(file.name for file in files[:5])}); "
-            "name the one to convert"
-        )
-    reader = FORMATS[suffix][1]
-    for other in {name for name, _ in found} - {suffix}:
-        logger.info("%s also holds *%s weights; the *%s ones are read", path, other, suffix)
-    if files[0].suffix == ".json":
-        yield from _open_shards(files[0], reader)
+        files = [path]
     else:
-        yield reader(files[0])
+        files = next(_candidates(path), [])
+        if not files:
+            listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
+            raise CheckpointError(f"{path} holds no weights: expected *.safetensors or *.bin, found {listing}")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise CheckpointError(f"{path} holds alternative weight files ({names}); name the one to convert")
+    (file,) = files
+    suffix = Path(file.name.removesuffix(INDEX)).suffix
+    if suffix not in FORMATS:
+        raise CheckpointError(f"{file} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
+    if _SHARD.search(file.name):
+        raise CheckpointError(f"{file} is one shard of several, and their index is missing. Download it again.")
+    reader = FORMATS[suffix][1]
+    if file.name.endswith(INDEX):
+        yield from _open_shards(file, reader)
+    else:
+        yield reader(file)
 
 
 def _open_shards(index: Path, reader: Callable[[Path], WeightFile]) -> Iterator[WeightFile]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+    present = {entry.name for entry in index.parent.iterdir()}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index} names the shard {shard!r}; shards must lie beside their index")
-        if not (index.parent / shard).is_file():
+        if shard not in present:
             raise CheckpointError(f"{index} names the shard {shard!r}, which is missing. Download it again.")
         file = reader(index.parent / shard)
         listed = {name for name, home in weight_map.items() if home == shard}

@@ -58,7 +58,7 @@ class DecoderLayerConfig(BaseModel):
     ``rope_parameters``, and as ``rope_theta`` with ``rope_scaling``.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model_type: str = "llama"
     architectures: list[str] = ["LlamaForCausalLM"]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, output
-from speculators.checkpoint import Checkpoint
+from speculators.checkpoint import Checkpoint, local_path
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError, PluginError
 from speculators.output import Payload
-from speculators.plan import Comparison, Derivation, Move, Plan, match, plan
+from speculators.plan import Comparison, Derivation, Facts, Move, Plan, match, plan
 from speculators.registry import Algorithm, Registry
 from speculators.spec import Context
 from speculators.verifier import Verifier
@@ -111,14 +111,14 @@ def convert_model(
         SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
             then as it was before.
     """
-    target = Path(output_path).expanduser()
-    output.check_target(target, (Path(model).expanduser(), Path(verifier).expanduser()), overwrite)
+    target, source = local_path(output_path), local_path(model)
+    output.check_target(target, (source, local_path(verifier)), overwrite)
     if validate:
         from speculators.validation import check, find_device
 
         find_device(validate_device)
     conversion = prepare(
-        Path(model).expanduser(),
+        source,
         Verifier(verifier),
         algorithm=algorithm,
         dtype=dtype,
@@ -127,7 +127,7 @@ def convert_model(
     )
     spec = conversion.algorithm.spec
     report = None
-    with output.staged(target) as folder:
+    with output.staged(target, overwrite) as folder:
         write(conversion, folder)
         if validate:
             report = check(folder, spec, conversion.context.verifier, device=validate_device)
@@ -169,7 +169,7 @@ def prepare(
     options = parse_options(chosen, algorithm_kwargs)
     matching = match(spec.table, source.tensors)
     context = Context(source, verifier, options, matching, dtype)
-    facts = spec.examine(context)
+    facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
         raise MismatchError(
@@ -275,7 +275,7 @@ def _difference(comparison: Comparison, context: Context) -> str | None:
     name = context.verifier.find(role)
     weights = context.verifier.weights
     if name is None or weights is None:
-        return f"could not be compared with the verifier's {role}, as {context.verifier.name} holds no weights"
+        return f"could not be compared with the verifier's {role}, which {context.verifier.name} does not hold"
     rows, width = move.info.shape
     stored = weights.tensors[name].dtype
     step = max(1, CHUNK // (width * 8))

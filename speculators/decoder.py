@@ -16,15 +16,17 @@ decide them, and the user is told about every disagreement. Symbols in the shape
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.config import DecoderLayerConfig, SpeculatorsBlock, TokenProposal, VerifierReference
+from speculators.errors import CheckpointError
 from speculators.plan import Facts
 from speculators.rope import legacy_scaling, rope_parameters, serving_positions
 from speculators.spec import Context, Options
@@ -115,13 +117,70 @@ def zeros(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) ->
     return info.dtype, bytes(info.nbytes)
 
 
-def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a draft's config: its own keys first, then those of the known nested blocks."""
+class _NativeConfig(BaseModel):
+    """The keys of a draft's config that are read, and the types that they must have."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: int | None = None
+    num_hidden_layers: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: PositiveInt | None = None
+    max_sequence_length: PositiveInt | None = None
+    original_max_position_embeddings: PositiveInt | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: PositiveFloat | None = None
+    rope_theta: PositiveFloat | None = None
+    partial_rotary_factor: PositiveFloat | None = None
+    initializer_range: float | None = None
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
+def native_config(config: Mapping[str, Any], schema: type[BaseModel] = _NativeConfig) -> dict[str, Any]:
+    """Flatten a draft's config and check the types of the keys that are read.
+
+    Its own keys come first, then those of the known nested blocks.
+
+    Args:
+        config: The content of ``config.json``.
+        schema: Further keys with their types, as a pydantic model.
+
+    Raises:
+        CheckpointError: A key has a value of another type; names every such key.
+    """
+    flat = _flatten(config)
+    problems = set()
+    for model in (_NativeConfig, schema):
+        try:
+            model.model_validate(flat)
+        except ValidationError as error:
+            problems |= {f"{each['loc'][0]} {flat[str(each['loc'][0])]!r}" for each in error.errors()}
+    if problems:
+        raise CheckpointError(f"config.json says {', '.join(sorted(problems))}, which cannot be")
+    return flat
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for block in reversed(NESTED_BLOCKS):
         if isinstance(config.get(block), Mapping):
-            flat |= native_config(config[block])
+            flat |= _flatten(config[block])
     return flat | {key: value for key, value in config.items() if value is not None}
+
+
+def stated(config: Mapping[str, Any], key: str) -> list[Any]:
+    """List the different values that a config and its nested blocks give for a key."""
+    values = [config[key]] if config.get(key) is not None else []
+    for block in NESTED_BLOCKS:
+        if isinstance(config.get(block), Mapping):
+            values += [value for value in stated(config[block], key) if value not in values]
+    return values
 
 
 def active_parts(context: Context) -> set[str]:
@@ -159,7 +218,8 @@ def examine_layers(context: Context, layer: str, vocabulary: Iterable[str]) -> F
     sizes.stated("I", "intermediate_size", f"{layer}mlp.gate_proj.weight")
     sizes.heads(layer)
     sizes.vocabulary(vocabulary)
-    sizes.observed("L", "num_hidden_layers", 1 + max(_layer_numbers(context), default=0))
+    numbers = set(_layer_numbers(context))
+    sizes.observed("L", "num_hidden_layers", next(number for number in itertools.count(1) if number not in numbers))
     return Facts(sizes.dims, frozenset(active_parts(context)), tuple(sizes.notes), tuple(sizes.findings))
 
 
@@ -178,10 +238,8 @@ class _Sizes:
     def stated(self, symbol: str, key: str, witness: str) -> None:
         """Take a size that the config states; a tensor speaks only where it does not."""
         value = self.config.get(key, self.rows(witness))
-        if type(value) is int and value > 0:
+        if value is not None:
             self.dims[symbol] = value
-        elif value is not None:
-            self.findings.append(f"config.json says {key} {value!r}, expected a positive whole number")
 
     def observed(self, symbol: str, key: str, value: int) -> None:
         """Take a size that the tensors decide, and tell when the config says otherwise."""
@@ -195,7 +253,7 @@ class _Sizes:
         heads, head_dim = self.config.get("num_attention_heads"), self.config.get("head_dim")
         if heads is None and queries and head_dim:
             heads = queries // head_dim
-        if not isinstance(heads, int) or heads < 1:
+        if not heads or heads < 1:
             self.findings.append("config.json does not say num_attention_heads, which the tensors cannot tell; add it")
             return
         self.dims["heads"] = heads

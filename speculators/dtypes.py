@@ -93,19 +93,21 @@ def cast(data: bytes | memoryview, source: str, target: str) -> bytes:
 
     if source == target:
         return bytes(data)
-    values = array(data, source)
-    with np.errstate(over="ignore"):
+    original = values = array(data, source)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if target in ("F16", "BF16"):
+            values = values.astype("<f4")  # torch narrows float64 in two steps
         result = _to_bfloat16(values) if target == "BF16" else values.astype(_NUMPY[target])
     finite = array(result.tobytes(), target) if target == "BF16" else result
-    if np.isinf(finite).sum() != np.isinf(values).sum():
-        raise OverflowError(f"a value of {np.abs(values[np.isfinite(values)]).max():g} overflows {target}")
+    if np.isinf(finite).sum() != np.isinf(original).sum():
+        raise OverflowError(f"a value of {np.abs(original[np.isfinite(original)]).max():g} overflows {target}")
     return result.tobytes()
 
 
 def _to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
     import numpy as np
 
-    bits = values.astype("<f4").view("<u4")
+    bits = values.view("<u4")
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     result: NDArray[np.uint16] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype("<u2")
     return result

@@ -39,32 +39,50 @@ def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
     Raises:
         OutputError: The path is taken, or is one of the sources, or holds one.
     """
-    target = path.resolve()
-    for source in sources:
-        if source.resolve().is_relative_to(target):
-            raise OutputError(f"the output {path} would replace its own source {source}; choose another --output-path")
+    try:
+        target = path.resolve()
+        inside = [source for source in sources if source.resolve().is_relative_to(target)]
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{path} is no path that this system knows: {error}") from error
+    if inside:
+        raise OutputError(f"the output {path} would replace its own source {inside[0]}; choose another --output-path")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} exists and is no folder; choose another --output-path")
-    if not path.exists() or not any(path.iterdir()):
+    check_replaceable(path, overwrite)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a folder, unless it is empty, or is a converted model and may be overwritten.
+
+    Raises:
+        OutputError: Names what would be lost.
+    """
+    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if not found:
         return
     if not overwrite:
         raise OutputError(f"{path} exists and is not empty; choose another --output-path or pass --overwrite")
-    if not _is_output(path):
+    others = [name for name in found if name not in (CONFIG_FILE, WEIGHTS_FILE)]
+    if others:
         raise OutputError(
-            f"{path} holds something other than a converted model; it is not overwritten. Remove it first"
+            f"{path} has {', '.join(others[:3])} beside a converted model and is not overwritten; move it away first"
+        )
+    try:
+        config = json.loads((path / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or MODEL_TYPE_KEY not in config:
+        raise OutputError(
+            f"{path} holds something other than a converted model and is not overwritten; move it away first"
         )
 
 
-def _is_output(path: Path) -> bool:
-    try:
-        return MODEL_TYPE_KEY in json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh folder that becomes ``path`` when the block ends, and vanishes when it raises.
+
+    What appeared at ``path`` meanwhile is not replaced unless ``overwrite`` allows it.
 
     Raises:
         OutputError: The disk is full, read-only, or otherwise refuses.
@@ -77,7 +95,7 @@ def staged(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write beside {path}: {error.strerror or error}") from error
     try:
         yield folder
-        _publish(folder, path)
+        _publish(folder, path, overwrite)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in created:
@@ -96,17 +114,18 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
 
 
-def _publish(folder: Path, path: Path) -> None:
+def _publish(folder: Path, path: Path, overwrite: bool) -> None:
     folder.chmod(0o777 & ~_umask())
     for file in folder.iterdir():
         _sync(file)
     _sync(folder)
+    check_replaceable(path, overwrite)
     if path.exists() and any(path.iterdir()):
         previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".previous", dir=path.parent))
         path.rename(previous)
         try:
             folder.rename(path)
-        except OSError:
+        except BaseException:
             previous.rename(path)
             raise
         shutil.rmtree(previous, ignore_errors=True)

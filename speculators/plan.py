@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from speculators.dtypes import FLOATS
 from speculators.table import Drop, Refuse, Rename, Shared, Table, evaluate, fill
 from speculators.weights import TensorInfo
 
@@ -208,7 +209,8 @@ class _Builder:
     def take(self, row: Rename, found: Match, target: str) -> None:
         info = self.tensors[found.source]
         if info.dtype not in row.dtypes:
-            self.wrong.append(f"{found.source} is {info}, expected {' or '.join(row.dtypes)}")
+            quantised = "; quantised weights are not supported" if row.dtypes == FLOATS else ""
+            self.wrong.append(f"{found.source} is {info}, expected {' or '.join(row.dtypes)}{quantised}")
         expected = self.shape(row)
         if expected is not None and expected != info.shape:
             self.wrong.append(f"{found.source} is {info}, expected [{row.shape}] = {list(expected)}")
@@ -287,7 +289,7 @@ def fold(lines: Iterable[str], tensors: Mapping[str, TensorInfo] | None = None) 
     groups: dict[str, list[int]] = {}
     for line in lines:
         text = f"{line} {tensors[line]}" if tensors else line
-        number = re.search(r"(?<=\.)\d+(?=\.)", text)
+        number = re.search(r"(?<=\.)(0|[1-9]\d*)(?=\.)", text)
         key = text if not number else f"{text[: number.start()]}\0{text[number.end() :]}"
         groups.setdefault(key, []).append(int(number.group()) if number else -1)
     return [_unfold(key, numbers) for key, numbers in groups.items()]

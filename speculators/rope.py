@@ -7,6 +7,7 @@ often trained with another base and scaling than its verifier has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,22 +32,20 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
             name no ``original_max_position_embeddings``.
 
     Raises:
-        CheckpointError: A spelling holds something else than one flat object.
+        CheckpointError: A spelling holds something else than one flat object of numbers, or the two
+            contradict each other.
     """
     notes: list[str] = []
     legacy, modern = _block(config, "rope_scaling"), _block(config, "rope_parameters")
-    theta = config.get("rope_theta")
-    old = legacy | ({"rope_theta": theta} if theta is not None else {})
-    for key in sorted(old.keys() & modern.keys()):
-        if old[key] != modern[key]:
-            notes.append(
-                f"config.json says {key} {old[key]!r} in the old spelling and {modern[key]!r} in rope_parameters; "
-                f"rope_parameters is taken"
+    if config.get("rope_theta") is not None:
+        legacy["rope_theta"] = config["rope_theta"]
+    for key in sorted(legacy.keys() & modern.keys()):
+        if legacy[key] != modern[key]:
+            raise CheckpointError(
+                f"config.json says {key} {legacy[key]!r} in the old spelling and {modern[key]!r} in rope_parameters; "
+                "remove the one that the draft was not trained with"
             )
-    merged = old | modern
-    kind = merged.pop("rope_type", None) or merged.get("type") or "default"
-    merged.pop("type", None)
-    merged["rope_type"] = RENAMED_TYPES.get(kind, kind)
+    merged = {"rope_type": "default"} | legacy | modern
     if merged.get("rope_theta") is None:
         merged["rope_theta"] = DEFAULT_THETA
         notes.append("config.json names no rope_theta: 10000, the default of the training code, is written")
@@ -54,7 +53,8 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
         merged.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     if merged["rope_type"] in EXTENDING_TYPES:
         original = config.get("original_max_position_embeddings") or positions
-        merged.setdefault("original_max_position_embeddings", original)
+        if not merged.get("original_max_position_embeddings"):
+            merged["original_max_position_embeddings"] = original
         if merged.get("factor") is None and merged["rope_type"] != "llama3":
             merged["factor"] = positions / merged["original_max_position_embeddings"]
     return merged, notes
@@ -64,7 +64,15 @@ def _block(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     block = config.get(key) or {}
     if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
         raise CheckpointError(f"config.json says {key} {block!r}, expected one flat JSON object")
-    return dict(block)
+    flat = {name: value for name, value in block.items() if value is not None}
+    kind = flat.pop("rope_type", flat.get("type"))
+    flat.pop("type", None)
+    for name, value in flat.items():
+        if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise CheckpointError(f"config.json says {name} {value!r} in {key}, expected a finite number")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"config.json says rope_type {kind!r} in {key}, expected a name")
+    return flat | ({"rope_type": RENAMED_TYPES.get(kind, kind)} if kind is not None else {})
 
 
 def legacy_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:

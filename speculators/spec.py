@@ -59,7 +59,7 @@ class Options(BaseModel):
     Unknown arguments are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     speculative_tokens: int = Field(default=3, ge=1, description="Draft tokens per step that the config proposes.")
 

@@ -59,6 +59,7 @@ class Row:
         """Reject a malformed pattern where it is written, on the author's machine."""
         if "".join(match.group() for match in _TOKEN.finditer(self.source)) != self.source:
             raise ValueError(f"malformed pattern {self.source!r}")
+        _ = self.regex
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
@@ -100,6 +101,8 @@ class Rename(Row):
             raise ValueError(f"row {self.source!r} -> {self.target!r}: a written tensor needs exact names")
         if _ranges(self.source) != _ranges(self.target):
             raise ValueError(f"row {self.source!r} -> {self.target!r}: the numbered places differ")
+        if len(_ranges(self.source)) > 1:
+            raise ValueError(f"row {self.source!r} has more than one numbered place")
         for symbol in symbols(self.shape):
             if not _SYMBOL.fullmatch(symbol):
                 raise ValueError(f"row {self.source!r}: malformed shape {self.shape!r}")
@@ -187,15 +190,14 @@ class Table:
 
     def __post_init__(self) -> None:
         """Find conflicting rows when the table is built."""
-        targets: dict[str, Rename] = {}
         for row in self.moving:
-            if row.target in targets:
-                raise ValueError(f"two rows write {row.target!r}: {targets[row.target].source!r} and {row.source!r}")
-            targets[row.target] = row
-            sample = fill(row.name, tuple(int(start) for start, _ in _ranges(row.source)))
-            clashing = [other.source for other in self.moving if other is not row and other.regex.fullmatch(sample)]
-            if clashing:
-                raise ValueError(f"rows {row.source!r} and {clashing[0]!r} both match {sample!r}")
+            others = [other for other in self.moving if other is not row]
+            for sample in _samples(row.source):
+                if clash := next((other for other in others if other.regex.fullmatch(sample)), None):
+                    raise ValueError(f"rows {row.source!r} and {clash.source!r} both match {sample!r}")
+            for sample in _samples(row.target):
+                if clash := next((other for other in others if _compile(other.target).fullmatch(sample)), None):
+                    raise ValueError(f"two rows write {sample!r}: {row.source!r} and {clash.source!r}")
 
     @property
     def moving(self) -> tuple[Rename, ...]:
@@ -208,8 +210,11 @@ class Table:
         return tuple(sorted({row.part for row in self.moving if row.part}))
 
     def spellings(self, name: str) -> list[str]:
-        """Return ``name`` and what is left of it without each declared prefix."""
-        return [name, *(name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix))]
+        """Return ``name`` and what is left of it without declared prefixes, one after another."""
+        found = [name]
+        while stripped := next((p for p in self.prefixes if found[-1].startswith(p)), ""):
+            found.append(found[-1].removeprefix(stripped))
+        return found
 
 
 def symbols(shape: str) -> list[str]:
@@ -239,6 +244,19 @@ def _ranges(pattern: str) -> list[tuple[str, str]]:
     return re.findall(r"\{(\w+):(\w+)\}", pattern)
 
 
+def _samples(pattern: str) -> list[str]:
+    """List one name for each combination of alternatives, at the first number."""
+    names = [fill(pattern, tuple(int(start) for start, _ in _ranges(pattern)))]
+    while "(" in names[0]:
+        names = [re.sub(r"\([^()]*\)", choice, name, count=1) for name in names for choice in _choices(name)]
+    return names
+
+
+def _choices(name: str) -> list[str]:
+    found = re.search(r"\(([^()]*)\)", name)
+    return found.group(1).split("|") if found else []
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     parts = []
     for match in _TOKEN.finditer(pattern):
@@ -246,7 +264,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         if alternatives is not None:
             parts.append(f"(?:{'|'.join(map(re.escape, alternatives.split('|')))})")
         elif start is not None:
-            parts.append(_number_from(int(start)))
+            parts.append(_number_from(start))
         elif anything:
             parts.append(r".*")
         elif one:
@@ -256,7 +274,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _number_from(start: int) -> str:
-    if start > 1:
-        raise ValueError("a numbered place starts at 0 or 1")
-    return r"(0|[1-9]\d*)" if start == 0 else r"([1-9]\d*)"
+def _number_from(start: str) -> str:
+    if start not in ("0", "1"):
+        raise ValueError(f"a numbered place starts at 0 or 1, not at {start}")
+    return r"(0|[1-9]\d{0,8})" if start == "0" else r"([1-9]\d{0,8})"

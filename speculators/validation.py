@@ -6,6 +6,8 @@ Nothing is taken from memory: config and tensors are read back from the folder t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +113,7 @@ def check_forward(
         if not torch.equal(once, again):
             return Check("forward", False, f"{name} differ between two runs on {device}")
     seen = " and ".join(f"{name} {list(once.shape)}" for name, once, _ in named)
-    unseen = "" if first[1] is not None else "; no logits, as the verifier holds no weights for the LM head"
+    unseen = "" if first[1] is not None else "; no logits, as no file holds the LM head"
     return Check("forward", True, f"{seen} finite and repeatable in {config.dtype} on {device}{unseen}")
 
 
@@ -158,8 +160,13 @@ class Draft:
     def _filled(self) -> nn.Module:
         import torch
 
-        with torch.device("meta"):
-            model = self._spec.build(self.config)
+        try:
+            with torch.device("meta"), _quiet_transformers():
+                model = self._spec.build(self.config)
+        except Exception as error:  # a config can be wrong in more ways than a schema tells
+            raise ValidationError(
+                f"the draft model cannot be built from the written config: {type(error).__name__}: {error}"
+            ) from error
         outside = {self._spec.embedding, self._spec.head, *self._spec.buffers}
         inside = [name for name in self._converted.tensors if name not in outside]
         state = {name: self._converted.tensor(name).to(self.device, self.dtype) for name in inside}
@@ -235,6 +242,21 @@ class Draft:
         return (self._verifier.weights, found) if found and self._verifier.weights else None
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence remarks about rotary parameters that were checked here or mean nothing to transformers."""
+    import logging
+
+    from transformers.utils import logging as remarks
+
+    before = remarks.get_verbosity()
+    remarks.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        remarks.set_verbosity(before)
+
+
 def find_device(name: str) -> torch.device:
     """Return a torch device that works here.
 
@@ -246,7 +268,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # what torch raises depends on the device
         reason = str(error).splitlines()[0]
         raise OptionError(f"the device {name!r} cannot be used: {reason}") from error
     if device.type == "meta":

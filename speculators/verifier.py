@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint import Checkpoint
+from speculators.checkpoint import Checkpoint, local_path
 from speculators.errors import CheckpointError
 
 TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
@@ -45,18 +45,27 @@ class Verifier:
 
     def __init__(self, location: str | Path) -> None:
         self.name = str(location)
-        self._checkpoint = Checkpoint(Path(location).expanduser())
+        self._checkpoint = Checkpoint(local_path(location))
         self.text = text_config(self._checkpoint.config)
-        self.architectures: list[str] = list(self._checkpoint.config.get("architectures") or [])
         self.hidden_size = self._size("hidden_size", "n_embd")
         self.vocab_size = self._size("vocab_size")
         self.num_layers = self._size("num_hidden_layers", "n_layer")
-        self.max_positions: int | None = self.text.get("max_position_embeddings")
+        stated = "max_position_embeddings" in self.text
+        self.max_positions: int | None = self._size("max_position_embeddings") if stated else None
+        self.architectures: list[str] = self._checkpoint.config.get("architectures") or []
+        if not isinstance(self.architectures, list) or not all(isinstance(name, str) for name in self.architectures):
+            raise CheckpointError(f"{self.name}: config.json says architectures {self.architectures!r}, expected names")
 
     def _size(self, *keys: str) -> int:
         for key in keys:
-            if isinstance(value := self.text.get(key), int):
-                return value
+            value = self.text.get(key)
+            if value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{self.name}: config.json says {key} {value!r}, expected a positive whole number"
+                )
+            return value
         raise CheckpointError(f"the config of the verifier {self.name} does not say {keys[0]}")
 
     @property
@@ -70,27 +79,25 @@ class Verifier:
         return self._checkpoint if self._checkpoint.has_weights else None
 
     def find(self, role: str) -> str | None:
-        """Name the tensor that plays ``role``, or ``None`` when no weights are at hand.
+        """Name the tensor that plays ``role``; ``None`` when there is none, or no weights at all.
+
+        Without an LM head of its own, a model uses its embeddings as one.
 
         Raises:
-            CheckpointError: There are weights, but none of the known names is among them, or the
-                tensor has another shape than the config says.
+            CheckpointError: The tensor has another shape than the config says.
         """
         if self.weights is None:
             return None
-        tied = role == "lm_head" and self.text.get(
-            "tie_word_embeddings", self._checkpoint.config.get("tie_word_embeddings")
-        )
-        names = (*SHARED_TENSORS[role], *(SHARED_TENSORS["embed_tokens"] if tied else ()))
-        for name in names:
-            if name in self.weights.tensors:
-                found = self.weights.tensors[name]
-                if found.shape != self.shapes[role]:
-                    raise CheckpointError(
-                        f"{name} of the verifier {self.name} is {found}, its config says {list(self.shapes[role])}"
-                    )
-                return name
-        raise CheckpointError(f"the verifier {self.name} has weights, but no {role}: looked for {', '.join(names)}")
+        names = [*SHARED_TENSORS[role], *SHARED_TENSORS["embed_tokens"]]
+        if role == "lm_head" and self.text.get("tie_word_embeddings") is True:
+            names = [*SHARED_TENSORS["embed_tokens"]]
+        name = next((name for name in names if name in self.weights.tensors), None)
+        if name is not None and self.weights.tensors[name].shape != self.shapes[role]:
+            raise CheckpointError(
+                f"{name} of the verifier {self.name} is {self.weights.tensors[name]}, "
+                f"its config says {list(self.shapes[role])}"
+            )
+        return name
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

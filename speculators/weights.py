@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -129,7 +130,7 @@ def _header_entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
         whole = all(type(number) is int and number >= 0 for number in (*info.shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a malformed header entry for tensor {name!r}") from error
-    if info.dtype not in dtypes.SIZES:
+    if not isinstance(info.dtype, str) or info.dtype not in dtypes.SIZES:
         raise CheckpointError(f"{path} stores tensor {name!r} as {info.dtype!r}, a dtype that is not supported")
     if not whole or stop - start != info.nbytes:
         raise CheckpointError(f"{path} is damaged: tensor {name!r} is {info} but spans bytes {start} to {stop}")
@@ -168,13 +169,16 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"its pickle asks for {found.group(1)}" if found else "its pickle is damaged or asks for more than tensors"
+        )
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or its pickle needs more than tensors ({reason}). "
-            "Nothing in it was executed. Ask its author for a safetensors file."
+            f"{path} is refused, {reason}. Nothing in it was executed. Ask its author for a safetensors file."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no PyTorch file: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(
             f"{path} holds {_summary(content)}, expected a flat dict of tensors. "
@@ -197,8 +201,9 @@ def _summary(content: object) -> str:
 
 def _describe(tensor: torch.Tensor, name: str, path: Path) -> TensorInfo:
     dtype = dtypes.STORED_NAMES.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None or tensor.layout.__str__() != "torch.strided":
-        raise CheckpointError(f"{path} stores tensor {name!r} as {tensor.dtype} ({tensor.layout}), not supported")
+    if dtype is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise CheckpointError(f"{path} stores tensor {name!r} in a way that is not supported: {kind}")
     return TensorInfo(dtype, tuple(tensor.shape))
 
 

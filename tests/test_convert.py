@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors
+from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors, write_checkpoint
 from safetensors import safe_open
 
 from speculators import (
@@ -17,6 +17,7 @@ from speculators import (
     MismatchError,
     OptionError,
     OutputError,
+    ValidationError,
     convert_model,
 )
 
@@ -371,7 +372,7 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
 
-    with pytest.raises(OutputError, match="not overwritten"):
+    with pytest.raises(OutputError, match=r"has chapter\.tex beside"):
         convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "thesis", overwrite=True)
 
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
@@ -386,8 +387,6 @@ def test_the_output_may_not_replace_its_source(variant: Copy, tmp_path: Path) ->
 
 
 def test_a_failed_validation_leaves_the_previous_output_in_place(variant: Copy, tmp_path: Path) -> None:
-    from speculators import ValidationError
-
     convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     poisoned = variant("eagle3", tensors={"norm.weight": torch.full((128,), float("nan")).half()})
@@ -404,3 +403,84 @@ def test_an_unknown_device_is_refused_before_anything_is_written(tmp_path: Path)
         convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", validate_device="cuba")
 
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", "4"),
+        ("rope_theta", -1),
+        ("rms_norm_eps", [1]),
+        ("hidden_act", 3),
+        ("max_position_embeddings", "512"),
+        ("hidden_size", True),
+        ("num_attention_heads", 0),
+        ("norm_before_residual", "false"),
+        ("draft_vocab_size", "64"),
+        ("eagle_aux_hidden_state_layer_ids", "2,4,5"),
+        ("rope_scaling", [1]),
+    ],
+)
+def test_a_config_value_of_another_type_is_refused_by_name(
+    key: str, value: object, variant: Copy, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json says .*{key}"):
+        convert_model(variant("eagle3", config={key: value}), verifier=VERIFIER, output_path=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "unheard-of"},
+        {"rope_scaling": {"rope_type": "unheard-of", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear"}},
+    ],
+)
+def test_a_config_from_which_no_draft_can_be_built_fails_validation(
+    change: dict[str, object], variant: Copy, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match="cannot be built from the written config"):
+        convert_model(variant("eagle3", config=change), verifier=VERIFIER, output_path=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 0), ("vocab_size", "256"), ("max_position_embeddings", "512"), ("architectures", "Llama")],
+)
+def test_a_verifier_config_of_another_type_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:
+    config = json.loads((VERIFIER / "config.json").read_text()) | {key: value}
+    (tmp_path / "verifier").mkdir()
+    (tmp_path / "verifier" / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(CheckpointError, match=rf"config\.json says {key}"):
+        convert_model(DATA / "eagle3", verifier=tmp_path / "verifier", output_path=tmp_path / "out")
+
+
+def test_a_shard_without_its_index_is_not_taken_for_the_whole(variant: Copy, tmp_path: Path) -> None:
+    source = variant("eagle1-fc-bias", tensors={"fc.bias": None})
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+
+    with pytest.raises(CheckpointError, match="is one shard of several, and their index is missing"):
+        convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+
+def test_a_stray_weight_file_is_not_taken_for_the_conventional_one(variant: Copy, tmp_path: Path) -> None:
+    source = variant("eagle1-fc-bias", layout="bin")
+    (source / "notes.safetensors").write_bytes((DATA / "eagle1-no-bias" / "model.safetensors").read_bytes())
+
+    convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+    assert "fusion_fc.bias" in read_tensors(tmp_path / "out")
+
+
+def test_an_lm_head_that_cannot_be_read_is_said_and_does_not_stop_the_rest(tmp_path: Path) -> None:
+    tensors = read_tensors(VERIFIER)
+    packed = {"lm_head.qweight": torch.zeros(4, dtype=torch.int32)}
+    kept = {name: tensor for name, tensor in tensors.items() if name == "model.norm.weight"}
+    config = json.loads((VERIFIER / "config.json").read_text())
+    verifier = write_checkpoint(tmp_path / "verifier", config, packed | kept)
+
+    result = convert_model(DATA / "eagle1-no-bias", verifier=verifier, output_path=tmp_path / "out")
+
+    assert result.validation is not None
+    assert "no logits, as no file holds the LM head" in result.validation.checks[-1].detail

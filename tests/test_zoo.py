@@ -481,7 +481,10 @@ OUTCOMES: dict[str, list[Case]] = {
     ],
     "SpecForge P-EAGLE output / thyways/qwen3_8b_peagle_demo; RedHatAI/Qwen3-8B-speculator.peagle (speculators format)": [
         eagle3(
-            dims={**LLAMA3, "I": 12288, "V": 151936}, absent=(r"layers\.\{i.*",), verifier_layers=36, refused="P-EAGLE"
+            dims={**LLAMA3, "I": 12288, "V": 151936},
+            absent=(r"layers\.\{i.*",),
+            verifier_layers=36,
+            refused="P-EAGLE",
         )
     ],
 }

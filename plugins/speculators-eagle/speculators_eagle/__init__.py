@@ -145,13 +145,13 @@ class Eagle(ConverterSpec):
 
 
 def is_eagle(source: Checkpoint) -> bool:
-    """Tell whether ``source`` holds EAGLE's modules: ``fc`` over twice its own width, then ``layers.0``."""
+    """Tell whether ``source`` holds EAGLE's modules: ``fc`` over twice its width, a layer over its width."""
     moves = match(TABLE, source.tensors).moves
-    fusion = moves.get("fusion_fc.weight")
-    if fusion is None or not any(target.startswith("transformer.self_attn.") for target in moves):
+    fusion, query = moves.get("fusion_fc.weight"), moves.get("transformer.self_attn.q_proj.weight")
+    if fusion is None or query is None:
         return False
-    shape = source.tensors[fusion.source].shape
-    return len(shape) == 2 and shape[1] == 2 * shape[0]
+    joined, read = source.tensors[fusion.source].shape, source.tensors[query.source].shape
+    return len(joined) == len(read) == 2 and joined[1] == 2 * joined[0] == 2 * read[1]
 
 
 def has_layernorms(source: Checkpoint) -> bool:

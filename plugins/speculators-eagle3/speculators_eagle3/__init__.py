@@ -159,11 +159,11 @@ class Eagle3(ConverterSpec):
     def recognises(self, source: Checkpoint) -> bool:
         """A first layer that norms embeddings and states apart, or the architecture's name."""
         moves = match(TABLE, source.tensors).moves
-        architectures = source.config.get("architectures") or []
+        architectures = source.config.get("architectures")
         return (
             "layers.0.hidden_norm.weight" in moves
             or any("midlayer." in name for name in source.tensors)
-            or any("eagle3" in str(architecture).lower() for architecture in architectures)
+            or "eagle3" in str(architectures).lower()
         )
 
     def examine(self, context: Context) -> Facts:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from speculators import Context, Facts, Table, decoder
 from speculators_eagle3 import vocabulary
 
@@ -17,13 +19,35 @@ if TYPE_CHECKING:
 WEIGHTED_FLAGS = ("norm_before_fc", "fc_norm")
 """Flags that tensors show: their norms have weights."""
 
+HIDDEN_FLAGS = ("norm_before_residual", "norm_output", "eagle_aux_hidden_state_layer_ids")
+"""What no tensor shows: taken from the config, else from the options."""
+
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+class _NativeConfig(BaseModel):
+    """The keys of an EAGLE-3 config that are read, and the types that they must have."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    draft_vocab_size: int | None = None
+    target_hidden_size: int | None = None
+    use_aux_hidden_state: bool | None = None
+    norm_before_residual: bool | None = None
+    norm_before_fc: bool | None = None
+    fc_norm: bool | None = None
+    norm_output: bool | None = None
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+
+
+def _config(context: Context) -> dict[str, Any]:
+    return decoder.native_config(context.source.config, _NativeConfig)
 
 
 def examine(table: Table, context: Context) -> Facts:
     """Find sizes, optional parts, notes and everything that contradicts something else."""
     facts = decoder.examine_layers(context, "layers.0.", vocabulary=("embed_tokens.weight", "t2d"))
-    config = decoder.native_config(context.source.config)
+    config = _config(context)
     dims, parts = dict(facts.dims), set(facts.parts) - {"draft_vocabulary"}
     notes, findings = list(facts.notes), list(facts.findings)
 
@@ -35,19 +59,19 @@ def examine(table: Table, context: Context) -> Facts:
         parts |= {"qkv_bias", "o_bias"}  # engines know all four biases or none
     findings += decoder.check_options(table, context, parts)
     findings += _norms(context, config, parts, notes)
-    findings += _hidden_flags(context, config)
+    findings += _hidden_flags(context)
     findings += _layer_ids(context, config, dims, notes)
     return Facts(dims, frozenset(parts), tuple(notes), tuple(findings))
 
 
 def flag(context: Context, name: str) -> bool:
     """Return a flag that no tensor shows: the native config's, else the given one, else false."""
-    return bool(decoder.native_config(context.source.config).get(name, getattr(context.options, name)))
+    return bool(_config(context).get(name, getattr(context.options, name)))
 
 
 def layer_ids(context: Context) -> list[int] | None:
     """Return the aux layer ids of the native config or the given ones; ``None`` leaves the engines' default."""
-    return decoder.native_config(context.source.config).get(LAYER_IDS) or getattr(context.options, LAYER_IDS) or None
+    return _config(context).get(LAYER_IDS) or getattr(context.options, LAYER_IDS) or None
 
 
 def _states(context: Context, config: dict[str, Any], dims: dict[str, int]) -> list[str]:
@@ -118,17 +142,15 @@ def _norms(context: Context, config: dict[str, Any], parts: set[str], notes: lis
     return findings
 
 
-def _hidden_flags(context: Context, config: dict[str, Any]) -> list[str]:
-    names = ("norm_before_residual", "norm_output", LAYER_IDS)
-    return [
-        f"{name}={given!r} was given, but config.json says {config[name]!r}; correct the one that is wrong"
-        for name in names
-        if (given := getattr(context.options, name)) is not None and config.get(name) and config[name] != given
-    ] + [
-        f"{name}=True was given, but config.json says False; correct the one that is wrong"
-        for name in ("norm_before_residual", "norm_output")
-        if getattr(context.options, name) and config.get(name) is False
-    ]
+def _hidden_flags(context: Context) -> list[str]:
+    findings = []
+    for name in HIDDEN_FLAGS:
+        said, given = decoder.stated(context.source.config, name), getattr(context.options, name)
+        if len(said) > 1:
+            findings.append(f"config.json says {name} both {said[0]!r} and {said[1]!r}; remove the one that is wrong")
+        elif said and said != [[]] and given is not None and given != said[0]:
+            findings.append(f"{name}={given!r} was given, but config.json says {said[0]!r}; correct the wrong one")
+    return findings
 
 
 def _layer_ids(context: Context, config: dict[str, Any], dims: dict[str, int], notes: list[str]) -> list[str]:
@@ -151,6 +173,8 @@ def _default_layer_ids(context: Context, count: int | None, layers: int, stated:
         # ModelOpt writes this block and lets the ids be chosen; a published head without them accepts 1.2 % of
         # its drafts at the default layers and 58.9 % at its own (vllm-project/vllm pull request 50170).
         return [f"eagle_config does not say which layers of the verifier fc joins, and they vary; {how} ({default}?)"]
+    if len({*default}) < 3 or min(default) < 0:
+        return [f"nothing says which layers of the verifier fc joins, and it is too shallow for the usual ones; {how}"]
     notes.append(
         f"nothing says which layers of the verifier feed the head: engines take the inputs of layers {default}, "
         "as the EAGLE-3 authors do"

@@ -1,0 +1,305 @@
+"""The rows of a table: what their patterns match, and what is refused where it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table, evaluate, fill, symbols
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "numbers"),
+    [
+        pytest.param("fc.weight", "fc.weight", (), id="exact name"),
+        pytest.param("(midlayer|layers.0).weight", "midlayer.weight", (), id="first alternative"),
+        pytest.param("(midlayer|layers.0).weight", "layers.0.weight", (), id="second alternative"),
+        pytest.param("(|model.)fc.weight", "fc.weight", (), id="empty alternative"),
+        pytest.param("layers.{0:n}.weight", "layers.0.weight", (0,), id="range from 0"),
+        pytest.param("layers.{1:L}.weight", "layers.1.weight", (1,), id="range from 1"),
+        pytest.param("layers.{1:L}.weight", "layers.20.weight", (20,), id="number of two digits"),
+        pytest.param("*.inv_freq", "rotary_emb.inv_freq", (), id="one star is one part"),
+        pytest.param("**.inv_freq", "layers.0.rotary_emb.inv_freq", (), id="two stars are any stretch"),
+        pytest.param("**", "anything.at.all", (), id="two stars alone"),
+    ],
+)
+def test_a_pattern_matches(pattern: str, name: str, numbers: tuple[int, ...]) -> None:
+    found = Row(pattern).regex.fullmatch(name)
+
+    assert found is not None
+    assert tuple(map(int, found.groups())) == numbers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        pytest.param("fc.weight", "fc.weight_scale", id="longer name"),
+        pytest.param("fc.weight", "model.fc.weight", id="name with something before"),
+        pytest.param("fc.weight", "fc-weight", id="a dot is a dot"),
+        pytest.param("(midlayer|layers.0).weight", "midlayer|layers.0.weight", id="both alternatives at once"),
+        pytest.param("layers.{1:L}.weight", "layers.0.weight", id="number below the range"),
+        pytest.param("layers.{0:n}.weight", "layers.01.weight", id="leading zero"),
+        pytest.param("layers.{0:n}.weight", "layers.-1.weight", id="negative number"),
+        pytest.param("layers.{0:n}.weight", "layers..weight", id="no number"),
+        pytest.param("*.inv_freq", "layers.rotary_emb.inv_freq", id="one star is not two parts"),
+        pytest.param("*.inv_freq", ".inv_freq", id="one star is not nothing"),
+    ],
+)
+def test_a_pattern_does_not_match(pattern: str, name: str) -> None:
+    assert Row(pattern).regex.fullmatch(name) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param("layers.{0:n.weight", id="open brace"),
+        pytest.param("layers.0:n}.weight", id="closing brace alone"),
+        pytest.param("layers.{n}.weight", id="range without a start"),
+        pytest.param("layers.{0:}.weight", id="range without an end"),
+        pytest.param("(midlayer|layers.0.weight", id="open parenthesis"),
+        pytest.param("midlayer).weight", id="closing parenthesis alone"),
+        pytest.param("((a|b)|c).weight", id="nested alternatives"),
+    ],
+)
+@pytest.mark.parametrize("row", [Row, lambda pattern: Drop(pattern, why="not needed")], ids=["Row", "Drop"])
+def test_a_malformed_pattern_is_refused(row: Callable[[str], Row], pattern: str) -> None:
+    with pytest.raises(ValueError, match="malformed pattern"):
+        row(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["layers.{2:L}.weight", "layers.{L:4}.weight"])
+def test_a_range_that_starts_elsewhere_than_at_0_or_1_is_refused_where_it_is_written(pattern: str) -> None:
+    with pytest.raises(ValueError, match="starts at 0 or 1"):
+        Drop(pattern, why="not needed")
+
+
+def test_a_written_row_with_two_numbered_places_is_refused_where_it_is_written() -> None:
+    with pytest.raises(ValueError, match="numbered place"):
+        Rename("layers.{0:L}.experts.{0:E}.weight", "blocks.{0:L}.experts.{0:E}.weight", "H")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("V,", id="trailing comma"),
+        pytest.param("V, , H", id="empty dimension"),
+        pytest.param("2**H", id="power"),
+        pytest.param("H + 1", id="sum"),
+        pytest.param("-1", id="negative number"),
+        pytest.param("2H", id="number that runs into a symbol"),
+        pytest.param("V x H", id="another product sign"),
+    ],
+)
+def test_a_malformed_shape_is_refused(shape: str) -> None:
+    with pytest.raises(ValueError, match="malformed shape"):
+        Keep("fc.weight", shape)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param("*.weight", "fc.weight", id="star in the source"),
+        pytest.param("fc.weight", "*.weight", id="star in the target"),
+        pytest.param("**", "**", id="stars on both sides"),
+        pytest.param("(a|b).weight", "(a|b).weight", id="alternatives in the target"),
+    ],
+)
+def test_a_written_tensor_needs_exact_names(source: str, target: str) -> None:
+    with pytest.raises(ValueError, match="needs exact names"):
+        Rename(source, target, "H")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param("layers.{0:L}.weight", "layers.{1:L}.weight", id="other start"),
+        pytest.param("layers.{0:L}.weight", "layers.{0:N}.weight", id="other end"),
+        pytest.param("layers.{0:L}.weight", "layer.weight", id="only in the source"),
+        pytest.param("layer.weight", "layers.{0:L}.weight", id="only in the target"),
+    ],
+)
+def test_both_sides_of_a_row_run_over_the_same_numbers(source: str, target: str) -> None:
+    with pytest.raises(ValueError, match="numbered places differ"):
+        Rename(source, target, "H")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(Keep("fc.weight", "H"), Rename("proj.weight", "fc.weight", "H"), id="same target"),
+        pytest.param(
+            Rename("a.{0:L}.w", "layers.{0:L}.w", "H"), Rename("b.{0:L}.w", "layers.{0:L}.w", "H"), id="same range"
+        ),
+        pytest.param(
+            Rename("a.{0:L}.w", "layers.{0:L}.w", "H"), Rename("b.w", "layers.0.w", "H"), id="one name of a range"
+        ),
+        pytest.param(
+            Rename("a.{0:L}.w", "layers.{0:L}.w", "H"), Rename("b.{1:N}.w", "layers.{1:N}.w", "H"), id="crossing ranges"
+        ),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, -1], ids=["in order", "reversed"])
+def test_two_rows_that_write_one_target_are_refused(first: Rename, second: Rename, turn: int) -> None:
+    with pytest.raises(ValueError, match="two rows write"):
+        Table((first, second)[::turn])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(Keep("fc.weight", "H"), Rename("fc.weight", "proj.weight", "H"), id="same source"),
+        pytest.param(Rename("a", "x", "H"), Rename("(b|a)", "y", "H"), id="exact name and second alternative"),
+        pytest.param(Rename("(a|c)", "x", "H"), Rename("(b|c)", "y", "H"), id="second alternative of both"),
+        pytest.param(
+            Rename("layers.{0:L}.w", "x.{0:L}", "H"), Rename("layers.0.w", "y", "H"), id="first number of a range"
+        ),
+        pytest.param(
+            Rename("layers.{0:L}.w", "x.{0:L}", "H"), Rename("layers.3.w", "y", "H"), id="later number of a range"
+        ),
+        pytest.param(
+            Rename("layers.{0:L}.w", "x.{0:L}", "H"), Rename("layers.{1:L}.w", "y.{1:L}", "H"), id="crossing ranges"
+        ),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, -1], ids=["in order", "reversed"])
+def test_two_written_rows_that_match_one_name_are_refused(first: Rename, second: Rename, turn: int) -> None:
+    with pytest.raises(ValueError, match=r"both match"):
+        Table((first, second)[::turn])
+
+
+def test_a_range_from_1_leaves_0_to_another_row() -> None:
+    rows = (Rename("layers.0.w", "first", "H"), Rename("layers.{1:L}.w", "rest.{1:L}", "H"))
+
+    assert Table(rows).moving == rows
+
+
+def test_dropped_and_refused_rows_may_overlap_with_written_ones() -> None:
+    keep = Keep("fc.weight", "H")
+
+    table = Table((keep, Drop("fc.*", why="not needed"), Refuse("**", why="something else")))
+
+    assert table.moving == (keep,)
+
+
+def test_a_kept_tensor_is_written_under_its_first_spelling() -> None:
+    row = Keep("(midlayer|layers.0).(mlp|ffn).up_proj.weight", "I, H")
+
+    assert row.target == "midlayer.mlp.up_proj.weight"
+    assert row.name == "midlayer.mlp.up_proj.weight"
+
+
+def test_a_kept_tensor_with_a_range_keeps_it() -> None:
+    assert Keep("layers.{0:L}.weight", "H").target == "layers.{0:L}.weight"
+
+
+def test_keep_passes_everything_on() -> None:
+    derive = Derive("package:make", ("t2d",), "made from t2d")
+
+    row = Keep("d2t", "DV", part="vocabulary", dtypes=("I64",), derive=derive, unless="not used")
+
+    assert row == Rename("d2t", "d2t", "DV", part="vocabulary", dtypes=("I64",), derive=derive, unless="not used")
+
+
+def test_a_written_row_accepts_any_float_dtype_unless_told_otherwise() -> None:
+    assert Keep("fc.weight", "H").dtypes == ("F64", "F32", "F16", "BF16")
+
+
+def test_the_row_of_an_output_recognises_the_target_and_makes_nothing() -> None:
+    row = Rename("midlayer.w", "layers.0.w", "H", part="mlp", derive=Derive("package:make", ("a",), "made from a"))
+
+    assert row.as_output() == Rename("layers.0.w", "layers.0.w", "H", part="mlp")
+
+
+def test_the_row_of_an_output_stays_shared() -> None:
+    row = Shared("model.embed.weight", "embed.weight", "V, H", verifier="embed_tokens", own=False)
+
+    assert row.as_output() == Shared("embed.weight", "embed.weight", "V, H", verifier="embed_tokens", own=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dims", "expected"),
+    [
+        pytest.param("fc.weight", {}, [()], id="no place"),
+        pytest.param("layers.{0:L}.weight", {"L": 2}, [(0,), (1,)], id="from 0"),
+        pytest.param("layers.{1:L}.weight", {"L": 3}, [(1,), (2,)], id="from 1"),
+        pytest.param("layers.{0:2}.weight", {}, [(0,), (1,)], id="bounded by a number"),
+        pytest.param("layers.{1:L}.weight", {"L": 1}, [], id="nothing left"),
+    ],
+)
+def test_a_row_runs_over_its_numbers(pattern: str, dims: dict[str, int], expected: list[tuple[int, ...]]) -> None:
+    assert Keep(pattern, "H").expansions(dims) == expected
+
+
+def test_a_row_cannot_run_to_an_unknown_bound() -> None:
+    with pytest.raises(KeyError, match="L"):
+        Keep("layers.{0:L}.weight", "H").expansions({"H": 4})
+
+
+def test_the_bounds_of_a_row_are_its_symbols() -> None:
+    assert Keep("layers.{0:L}.weight", "H").bounds == ("L",)
+    assert Keep("layers.{0:2}.weight", "H").bounds == ()
+
+
+def test_a_number_fills_the_place_of_the_target() -> None:
+    assert Rename("blocks.{0:L}.w", "layers.{0:L}.w", "H").numbered((3,)) == "layers.3.w"
+
+
+def test_the_parts_of_a_table_are_those_of_its_written_rows() -> None:
+    table = Table((Keep("d2t", "DV", part="vocabulary"), Keep("b", "H", part="bias"), Keep("fc", "H"), Drop("x", "y")))
+
+    assert table.parts == ("bias", "vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        pytest.param("fc.weight", ["fc.weight"], id="no prefix"),
+        pytest.param("model.fc.weight", ["model.fc.weight", "fc.weight"], id="declared prefix"),
+        pytest.param("ea_layer.fc.weight", ["ea_layer.fc.weight", "fc.weight"], id="another declared prefix"),
+        pytest.param("draft.fc.weight", ["draft.fc.weight"], id="undeclared prefix"),
+        pytest.param("fc.model.weight", ["fc.model.weight"], id="not at the start"),
+        pytest.param("model.model.fc", ["model.model.fc", "model.fc", "fc"], id="one after another"),
+    ],
+)
+def test_spellings_of_a_name(name: str, expected: list[str]) -> None:
+    assert Table((), prefixes=("model.", "ea_layer.")).spellings(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        pytest.param("H", ["H"], id="one symbol"),
+        pytest.param("heads*head_dim, 2*H", ["heads", "head_dim", "2", "H"], id="products"),
+        pytest.param(" V ,H ", ["V", "H"], id="spaces do not matter"),
+    ],
+)
+def test_symbols_of_a_shape(shape: str, expected: list[str]) -> None:
+    assert symbols(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("product", "expected"),
+    [("7", 7), ("H", 4), ("2*H", 8), ("H*2", 8), (" heads * head_dim ", 15), ("0*H", 0)],
+)
+def test_evaluate(product: str, expected: int) -> None:
+    assert evaluate(product, {"H": 4, "heads": 3, "head_dim": 5}) == expected
+
+
+def test_an_unknown_symbol_cannot_be_evaluated() -> None:
+    with pytest.raises(KeyError, match="TH"):
+        evaluate("3*TH", {"H": 4})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers", "expected"),
+    [
+        pytest.param("fc.weight", (), "fc.weight", id="no place"),
+        pytest.param("layers.{0:L}.w", (7,), "layers.7.w", id="one place"),
+        pytest.param("layers.{0:L}.experts.{0:E}", (7, 2), "layers.7.experts.2", id="two places, in order"),
+        pytest.param("fc.weight", (7,), "fc.weight", id="a number too many"),
+    ],
+)
+def test_fill(pattern: str, numbers: tuple[int, ...], expected: str) -> None:
+    assert fill(pattern, numbers) == expected
