@@ -41,8 +41,8 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg] # generic since cl
             return value
         try:
             parsed = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value[:200]!r} is no JSON: {error}", param, ctx)
         if not isinstance(parsed, dict):
             self.fail(f"{value!r} is no JSON object; write it as '{{\"name\": value}}'", param, ctx)
         return parsed

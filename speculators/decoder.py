@@ -262,6 +262,9 @@ class _Sizes:
         if queries % heads or not queries:
             self.findings.append(f"q_proj has {queries} rows, which {heads} attention heads cannot share evenly")
             return
+        if queries // heads % 2:
+            self.findings.append(f"q_proj has {queries} rows, so each of {heads} heads is odd and cannot be rotated")
+            return
         self.observed("head_dim", "head_dim", queries // heads)
         groups, rest = divmod(keys, queries // heads)
         if rest or not groups or heads % groups:

@@ -88,16 +88,15 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputError: The disk is full, read-only, or otherwise refuses.
     """
     created = _missing_parents(path)
+    folder: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write beside {path}: {error.strerror or error}") from error
-    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".partial", dir=path.parent))
         yield folder
         _publish(folder, path, overwrite)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         for parent in created:
             _remove_if_empty(parent)
         if isinstance(error, OSError):
@@ -121,7 +120,7 @@ def _publish(folder: Path, path: Path, overwrite: bool) -> None:
     _sync(folder)
     check_replaceable(path, overwrite)
     if path.exists() and any(path.iterdir()):
-        previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".previous", dir=path.parent))
+        previous = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".previous", dir=path.parent))
         path.rename(previous)
         try:
             folder.rename(path)

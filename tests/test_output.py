@@ -147,8 +147,15 @@ def test_an_impossible_path_is_refused(name: str) -> None:
         check_target(Path(name), [], overwrite=False)
 
 
+def test_a_name_that_is_too_long_leaves_no_parents_behind(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "a" / ("x" * 300)):
+        pass
+
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_target_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(OutputError, match="cannot write beside"), staged(tmp_path / "file" / "out"):
+    with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "file" / "out"):
         pass

@@ -57,6 +57,10 @@ def examine(table: Table, context: Context) -> Facts:
         parts.add("draft_vocabulary")
     if {"qkv_bias", "o_bias"} & parts:
         parts |= {"qkv_bias", "o_bias"}  # engines know all four biases or none
+    if config.get("tie_word_embeddings") and context.shape("lm_head.weight") is None:
+        findings.append(
+            "config.json ties the missing lm_head to the draft's own embeddings; save lm_head.weight as well"
+        )
     findings += decoder.check_options(table, context, parts)
     findings += _norms(context, config, parts, notes)
     findings += _hidden_flags(context)

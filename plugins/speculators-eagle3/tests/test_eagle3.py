@@ -130,6 +130,19 @@ def test_without_an_lm_head_the_verifiers_serves_a_full_vocabulary(variant: Copy
     assert "logits [2, 16, 256]" in result.validation.checks[-1].detail
 
 
+def test_an_lm_head_tied_to_the_drafts_own_embeddings_is_not_taken_for_the_verifiers(
+    variant: Copy, tmp_path: Path
+) -> None:
+    source = variant(
+        "eagle3",
+        config={"draft_vocab_size": 256, "tie_word_embeddings": True},
+        tensors={**dict.fromkeys(["lm_head.weight", "d2t", "t2d"]), "embed_tokens.weight": FULL_HEAD},
+    )
+
+    with pytest.raises(MismatchError, match="ties the missing lm_head"):
+        convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+
 def test_without_an_lm_head_a_draft_vocabulary_is_refused(variant: Copy, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"missing: lm_head\.weight .* cannot stand in"):
         convert_model(
