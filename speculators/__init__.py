@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from speculators.registry import Registry
     from speculators.spec import Context, ConverterSpec, Options
     from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table
+    from speculators.validation import validate_model
     from speculators.verifier import Verifier
 
 __version__ = "1.0.0"
@@ -66,6 +67,7 @@ _HOMES = {
     "convert_model": "convert",
     "hookimpl": "hookspecs",
     "match": "plan",
+    "validate_model": "validation",
 }
 
 __all__ = [
@@ -101,6 +103,7 @@ __all__ = [
     "decoder",
     "hookimpl",
     "match",
+    "validate_model",
 ]
 
 

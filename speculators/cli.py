@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 import speculators
-from speculators.errors import SpeculatorsError
+from speculators.errors import SpeculatorsError, ValidationError
 
 if TYPE_CHECKING:
     from speculators.convert import ConversionResult
     from speculators.registry import Algorithm, Registry
+    from speculators.validation import Report
 
 
 class _Group(click.Group):
@@ -124,6 +125,64 @@ def convert(
         **algorithm_kwargs,
     )
     click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(model, result))
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  speculators validate converted
+  speculators validate converted --level acceptance --prompts prompts.json --device cuda
+"""
+)
+@click.argument("path")
+@click.option("--verifier", help="Base model; the one that the config of PATH names by default.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device of forward and acceptance.")
+@click.option("--level", default="forward", show_default=True, help="structure, forward or acceptance.")
+@click.option(
+    "--prompts", type=click.File("rb"), help="JSON list of prompts, each a list of token ids, for acceptance."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def validate(
+    path: str, verifier: str | None, device: str, level: str, prompts: IO[bytes] | None, as_json: bool
+) -> None:
+    """Check the converted model in the folder PATH: structure, forward, acceptance."""
+    from speculators.validation import validate_model
+
+    report = validate_model(
+        path, verifier=verifier, device=device, level=level, prompts=_read_prompts(prompts) if prompts else None
+    )
+    click.echo(_report_as_json(report) if as_json else _printable(_describe_report(report)))
+    if not report.passed:
+        raise SystemExit(ValidationError.exit_code)
+
+
+def _read_prompts(file: IO[bytes]) -> list[list[int]]:
+    try:
+        content = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"{file.name} is no JSON: {error}") from error
+    prompts = content.get("prompts") if isinstance(content, dict) else content
+    whole = isinstance(prompts, list) and all(isinstance(prompt, list) and prompt for prompt in prompts)
+    if not prompts or not whole or not all(type(token) is int for prompt in prompts for token in prompt):
+        raise click.UsageError(f"{file.name} holds no prompts; expected a JSON list of lists of token ids")
+    return list(prompts)
+
+
+def _describe_report(report: Report) -> str:
+    lines = [f"{'passed' if check.passed else 'FAILED'} {check.name}: {check.detail}" for check in report.checks]
+    if report.acceptance is not None:
+        for position, rate in enumerate(report.acceptance.rates, 1):
+            lines.append(f"    token {position}  {'#' * round(40 * rate):<40}  {rate:.3f}")
+    return "\n".join(lines)
+
+
+def _report_as_json(report: Report) -> str:
+    from dataclasses import asdict
+
+    facts = {"passed": report.passed, **asdict(report)}
+    if report.acceptance is not None:
+        facts["acceptance"] |= {"rates": report.acceptance.rates, "length": report.acceptance.length}
+    return json.dumps(facts, indent=2)
 
 
 _ARGUMENTS = {

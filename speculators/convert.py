@@ -114,7 +114,8 @@ def convert_model(
     target, source = local_path(output_path), local_path(model)
     output.check_target(target, (source, local_path(verifier)), overwrite)
     if validate:
-        from speculators.validation import check, find_device
+        from speculators.draft import find_device
+        from speculators.validation import check
 
         find_device(validate_device)
     conversion = prepare(

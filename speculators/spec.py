@@ -110,6 +110,7 @@ class ConverterSpec(ABC):
             dtype, so that the draft saw rounded ones.
         head: Output name of the LM head; the verifier's when the output leaves it out.
         buffers: Output names of tensors that are no parameters of the draft model.
+        draft_to_target: Output name of the offsets from draft token ids to the verifier's, if there are any.
     """
 
     interface: ClassVar[int]
@@ -124,6 +125,7 @@ class ConverterSpec(ABC):
     copies_embedding: ClassVar[bool] = False
     head: ClassVar[str] = "lm_head.weight"
     buffers: ClassVar[tuple[str, ...]] = ()
+    draft_to_target: ClassVar[str] = ""
 
     @abstractmethod
     def recognises(self, source: Checkpoint) -> bool:
@@ -156,6 +158,14 @@ class ConverterSpec(ABC):
     @abstractmethod
     def parts(self, config: SpeculatorConfig) -> frozenset[str]:
         """Return the optional parts of the table that an output's config declares."""
+
+    def state_layers(self, config: SpeculatorConfig, layers: int) -> tuple[int, ...]:
+        """Return which hidden states of a verifier with ``layers`` layers the draft reads, in order.
+
+        Number i is what enters layer i; number ``layers`` is the last hidden state, after the final norm,
+        which is what drafts read unless this says otherwise.
+        """
+        return (layers,)
 
     @abstractmethod
     def build(self, config: SpeculatorConfig) -> nn.Module:

@@ -1,36 +1,36 @@
-"""Check a converted model: its structure from headers alone, then its forward.
+"""Check a converted model at three levels: its structure, its forward, its acceptance.
 
 Nothing is taken from memory: config and tensors are read back from the folder that was written.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speculators import dtypes
-from speculators.checkpoint import Checkpoint
-from speculators.errors import OptionError, ValidationError
+from speculators.checkpoint import Checkpoint, local_path
+from speculators.config import MODEL_TYPE_KEY
+from speculators.errors import CheckpointError, OptionError, ValidationError
 from speculators.plan import Facts, match, plan
+from speculators.registry import Registry
 from speculators.table import Table
+from speculators.verifier import Verifier
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
+    from speculators.acceptance import Acceptance
     from speculators.config import SpeculatorConfig
     from speculators.spec import ConverterSpec
-    from speculators.verifier import Verifier
+
+LEVELS = ("structure", "forward", "acceptance")
+"""What can be checked, each level with those before it."""
 
 BATCH, LENGTH, SEED = 2, 16, 0
 """The batch of the forward check: random tokens and states, the same ones every time."""
 
-ROWS_AT_ONCE = 16384
-"""Rows of an LM head that are read and multiplied at a time."""
+NEW_TOKENS = 48
+"""Tokens that the verifier generates after each prompt of the acceptance check."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a validation."""
+    """The outcome of a validation; ``acceptance`` is there when it was measured."""
 
     checks: tuple[Check, ...]
+    acceptance: Acceptance | None = None
 
     @property
     def passed(self) -> bool:
@@ -61,19 +62,71 @@ class Report:
         """
         failed = [f"    {check.name}: {check.detail}" for check in self.checks if not check.passed]
         if failed:
-            raise ValidationError("\n".join(["the converted model failed validation (nothing was kept):", *failed]))
+            raise ValidationError("\n".join(["the converted model failed validation:", *failed]))
 
 
-def check(folder: Path, spec: ConverterSpec, verifier: Verifier, *, device: str = "cpu") -> Report:
-    """Check a converted model in ``folder``: structure, and if that is sound, forward on ``device``."""
+def validate_model(
+    path: str | Path,
+    *,
+    verifier: str | Path | None = None,
+    device: str = "cpu",
+    level: str = "forward",
+    prompts: Sequence[Sequence[int]] | None = None,
+    registry: Registry | None = None,
+) -> Report:
+    """Check any folder in the speculators format.
+
+    Args:
+        path: The converted model.
+        verifier: Folder of the base model; the one that its config names by default.
+        device: Torch device of the forward and acceptance checks.
+        level: ``"structure"``, ``"forward"`` or ``"acceptance"``, each with those before it.
+        prompts: Token ids to continue for the acceptance check, which needs them.
+        registry: Where to look for algorithms; the installed plugins by default.
+
+    Raises:
+        SpeculatorsError: The folder or the verifier cannot be read, or the algorithm is not installed.
+            A check that fails is no exception: it is in the report.
+    """
+    folder = local_path(path)
+    config = Checkpoint(folder).config
+    if MODEL_TYPE_KEY not in config:
+        raise CheckpointError(f"{folder} is not in the speculators format; convert it first")
+    block = config.get("speculators_config")
+    if not isinstance(block, dict) or not isinstance(block.get("algorithm"), str):
+        raise CheckpointError(f"the config of {folder} names no speculators_config.algorithm")
+    spec = (registry or Registry()).get(block["algorithm"]).spec
+    named = verifier or (block.get("verifier") or {}).get("name_or_path")
+    if not named:
+        raise CheckpointError(f"the config of {folder} names no verifier; pass --verifier")
+    return check(folder, spec, Verifier(named), device=device, level=level, prompts=prompts)
+
+
+def check(
+    folder: Path,
+    spec: ConverterSpec,
+    verifier: Verifier,
+    *,
+    device: str = "cpu",
+    level: str = "forward",
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> Report:
+    """Check a converted model in ``folder`` up to ``level``, stopping at the first level that fails."""
+    if level not in LEVELS:
+        raise OptionError(f"validation level {level!r} is none of {', '.join(LEVELS)}")
+    if level == "acceptance" and not prompts:
+        raise OptionError("the acceptance check needs prompts: lists of token ids to continue")
     converted = Checkpoint(folder)
     try:
         config = spec.config.model_validate(converted.config)
     except ValueError as error:
         return Report((Check("config", False, str(error).replace("\n", " ")),))
-    checks = [*check_structure(converted, config, spec, verifier)]
-    if all(check.passed for check in checks):
+    checks = check_structure(converted, config, spec, verifier)
+    if level != "structure" and checks[-1].passed:
         checks.append(check_forward(converted, config, spec, verifier, device))
+    if level == "acceptance" and checks[-1].passed:
+        outcome, acceptance = check_acceptance(converted, config, spec, verifier, device, prompts or ())
+        return Report((*checks, outcome), acceptance)
     return Report(tuple(checks))
 
 
@@ -99,6 +152,8 @@ def check_forward(
     """Run the draft on a random batch in its own dtype: shapes, finite numbers, the same twice."""
     import torch
 
+    from speculators.draft import Draft
+
     draft = Draft(converted, config, spec, verifier, device=device)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(config.transformer_layer_config.vocab_size, (BATCH, LENGTH), generator=generator)
@@ -117,160 +172,28 @@ def check_forward(
     return Check("forward", True, f"{seen} finite and repeatable in {config.dtype} on {device}{unseen}")
 
 
-class Draft:
-    """A converted draft that runs: the plugin's model filled from the output's own files.
+def check_acceptance(
+    converted: Checkpoint,
+    config: SpeculatorConfig,
+    spec: ConverterSpec,
+    verifier: Verifier,
+    device: str,
+    prompts: Sequence[Sequence[int]],
+) -> tuple[Check, Acceptance]:
+    """Run the verifier greedily and count how much of what the draft proposes it accepts.
 
-    Token embeddings and LM head come from the verifier where the output leaves them out; only the
-    rows that are used are read.
-
-    Args:
-        converted: The output.
-        config: Its config.
-        spec: The algorithm that wrote it.
-        verifier: The base model.
-        device: Torch device.
-        dtype: Dtype to run in; the dtype in the config by default.
-
-    Raises:
-        OptionError: Torch does not know the device, or cannot use it here.
-        ValidationError: The files do not fill the model exactly.
+    Verifier and draft run in the verifier's dtype, as inference engines run them.
     """
+    from speculators.acceptance import measure
+    from speculators.draft import Draft
 
-    def __init__(
-        self,
-        converted: Checkpoint,
-        config: SpeculatorConfig,
-        spec: ConverterSpec,
-        verifier: Verifier,
-        *,
-        device: str = "cpu",
-        dtype: str | None = None,
-    ) -> None:
-        import torch
-
-        self._converted = converted
-        self._spec = spec
-        self._verifier = verifier
-        self.device = find_device(device)
-        self.dtype: torch.dtype = getattr(torch, dtype or config.dtype)
-        self.config = config
-        self.model = self._filled()
-        self.state_size: int = self.model.state_size  # type: ignore[assignment]
-
-    def _filled(self) -> nn.Module:
-        import torch
-
-        try:
-            with torch.device("meta"), _quiet_transformers():
-                model = self._spec.build(self.config)
-        except Exception as error:  # a config can be wrong in more ways than a schema tells
-            raise ValidationError(
-                f"the draft model cannot be built from the written config: {type(error).__name__}: {error}"
-            ) from error
-        outside = {self._spec.embedding, self._spec.head, *self._spec.buffers}
-        inside = [name for name in self._converted.tensors if name not in outside]
-        state = {name: self._converted.tensor(name).to(self.device, self.dtype) for name in inside}
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValidationError(f"the output does not fill the draft model: {error}") from error
-        return model.to(self.device).eval()
-
-    def run(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the draft over whole sequences.
-
-        Args:
-            tokens: ``[B, T]`` ids of the tokens that follow those of ``states``.
-            states: ``[B, T, S]`` hidden states of the verifier, as the algorithm takes them.
-
-        Returns:
-            Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``; no logits when the LM head is the
-            verifier's and it holds no weights.
-        """
-        import torch
-
-        with torch.no_grad():
-            combined = self.model.combine(states.to(self.device, self.dtype))  # type: ignore[operator]
-            hidden, head_input = self.model(self.embed(tokens, combined.shape[-1]), combined)
-            return hidden, self.logits(head_input)
-
-    def embed(self, tokens: Tensor, width: int) -> Tensor:
-        """``[B, T]`` ids → ``[B, T, H]`` embeddings; random ones when no file holds them.
-
-        Where training saves a copy of the verifier's in the draft's dtype, the verifier's are rounded alike.
-        """
-        import torch
-
-        home = self._home(self._spec.embedding, "embed_tokens")
-        if home is None:
-            generator = torch.Generator().manual_seed(SEED)
-            return torch.randn(*tokens.shape, width, generator=generator).to(self.device, self.dtype)
-        checkpoint, name = home
-        distinct, positions = torch.unique(tokens, return_inverse=True)
-        rows = torch.cat([checkpoint.tensor(name, (row, row + 1)) for row in distinct.tolist()])
-        if checkpoint is not self._converted and self._spec.copies_embedding:
-            rows = rows.to(self._stored_dtype)
-        return rows[positions].to(self.device, self.dtype)
-
-    @property
-    def _stored_dtype(self) -> torch.dtype:
-        import torch
-
-        stored = Counter(info.dtype for info in self._converted.tensors.values() if info.dtype in dtypes.FLOATS)
-        dtype: torch.dtype = getattr(torch, dtypes.TORCH_NAMES[stored.most_common(1)[0][0]])
-        return dtype
-
-    def logits(self, head_input: Tensor) -> Tensor | None:
-        """``[B, T, H]`` → ``[B, T, DV]``; ``None`` when no file holds the LM head."""
-        import torch
-
-        home = self._home(self._spec.head, "lm_head")
-        if home is None:
-            return None
-        checkpoint, name = home
-        rows = checkpoint.tensors[name].shape[0]
-        pieces = []
-        for start in range(0, rows, ROWS_AT_ONCE):
-            block = checkpoint.tensor(name, (start, min(start + ROWS_AT_ONCE, rows)))
-            pieces.append(head_input @ block.to(self.device, self.dtype).T)
-        return torch.cat(pieces, dim=-1)
-
-    def _home(self, name: str, role: str) -> tuple[Checkpoint, str] | None:
-        if name in self._converted.tensors:
-            return self._converted, name
-        found = self._verifier.find(role)
-        return (self._verifier.weights, found) if found and self._verifier.weights else None
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence remarks about rotary parameters that were checked here or mean nothing to transformers."""
-    import logging
-
-    from transformers.utils import logging as remarks
-
-    before = remarks.get_verbosity()
-    remarks.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        remarks.set_verbosity(before)
-
-
-def find_device(name: str) -> torch.device:
-    """Return a torch device that works here.
-
-    Raises:
-        OptionError: Torch does not know it, or cannot use it on this machine.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:  # what torch raises depends on the device
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"the device {name!r} cannot be used: {reason}") from error
-    if device.type == "meta":
-        raise OptionError("the device 'meta' computes nothing; choose another --validate-device")
-    return device
+    model = verifier.load(device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    draft = Draft(converted, config, spec, verifier, device=device, dtype=dtype)
+    depth = config.speculators_config.proposal_methods[0].speculative_tokens
+    acceptance = measure(draft, model, prompts, depth=depth, new_tokens=NEW_TOKENS)
+    rates = " / ".join(f"{rate:.3f}" for rate in acceptance.rates)
+    detail = f"mean acceptance length {acceptance.length:.2f}, rates {rates} over {acceptance.drafts} drafts in {dtype}"
+    if not acceptance.accepted[0]:
+        return Check("acceptance", False, f"{detail}: the verifier accepts nothing that the draft proposes"), acceptance
+    return Check("acceptance", True, detail), acceptance

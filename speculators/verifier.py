@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speculators.checkpoint import Checkpoint, local_path
 from speculators.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
 """Where multimodal configs keep the language model's; the last is an old vLLM draft's."""
@@ -67,6 +70,23 @@ class Verifier:
                 )
             return value
         raise CheckpointError(f"the config of the verifier {self.name} does not say {keys[0]}")
+
+    def load(self, device: str) -> PreTrainedModel:
+        """Load the whole model for generation, in the dtype that its config says.
+
+        Raises:
+            CheckpointError: It holds no weights, or transformers cannot load them without its own code.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if self.weights is None:
+            raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.weights.folder, dtype="auto")
+            model: PreTrainedModel = loaded.to(device).eval()
+            return model
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"transformers cannot load the verifier {self.name}: {error}") from error
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

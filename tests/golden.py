@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators import Checkpoint, Registry, Verifier, convert_model
-from speculators.validation import Draft
+from speculators.draft import Draft
 
 TOLERANCE = 1e-4
 """Largest difference over the largest value, in float32."""

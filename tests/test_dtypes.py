@@ -17,7 +17,7 @@ from speculators.dtypes import FLOATS, SIZES, STORED_NAMES, TORCH_NAMES, array, 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 PAIRS = list(itertools.permutations(FLOATS, 2))
-TINY16, TINY32 = 2.0**-24, 2.0**-149  # the smallest subnormals of float16 and of float32 (and bfloat16: 2**-133)
+TINY16, TINY32 = 2.0**-24, 2.0**-149
 EDGES = {
     "zeros": [0.0, -0.0],
     "plain": [1.0, -1.0, 0.1, -3.14159265358979, 1e-3, 2.5, 12345.678],
@@ -42,7 +42,7 @@ EDGES = {
 
 
 def torch_cast(data: bytes, source: str, target: str) -> bytes:
-    """Cast with torch, one value at a time, as torch's vector code rounds nothing else."""
+    """Cast with torch."""
     values = torch.frombuffer(bytearray(data), dtype=TORCH[source])
     return values.to(TORCH[target]).view(torch.uint8).numpy().tobytes()
 
@@ -81,6 +81,14 @@ def test_edge_values_are_cast_as_torch_casts_them(source: str, target: str, valu
 )
 def test_a_value_is_rounded_to_nearest_even(source: str, data: str, target: str, expected: str) -> None:
     assert cast(bytes.fromhex(data), source, target).hex() == expected
+
+
+@pytest.mark.parametrize("value", [65504.0, -65504.0, 65503.0, 65519.0])
+@pytest.mark.parametrize("source", ["F64", "F32"])
+def test_the_largest_float16_is_reached(source: str, value: float) -> None:
+    data = stored([value], source)
+
+    assert cast(data, source, "F16") == (b"\xff\x7b" if value > 0 else b"\xff\xfb")
 
 
 @pytest.mark.parametrize("word", ["0000c07f", "0000c0ff", "0100807f", "ffffff7f", "010080ff", "ffffffff"])

@@ -155,6 +155,7 @@ class Eagle3(ConverterSpec):
     options = Eagle3Options
     config = Eagle3Config
     buffers = ("d2t", "t2d")
+    draft_to_target = "d2t"
 
     def recognises(self, source: Checkpoint) -> bool:
         """A first layer that norms embeddings and states apart, or the architecture's name."""
@@ -212,6 +213,11 @@ class Eagle3(ConverterSpec):
         return frozenset(
             decoder.config_parts(own.transformer_layer_config) | {part for part, on in flags.items() if on}
         )
+
+    def state_layers(self, config: SpeculatorConfig, layers: int) -> tuple[int, ...]:
+        """The layers that the config names, else those of the EAGLE-3 authors (``modeling_llama_kv.py``)."""
+        ids = cast("Eagle3Config", config).eagle_aux_hidden_state_layer_ids
+        return tuple(ids) if ids else (2, layers // 2, layers - 3)
 
     def build(self, config: SpeculatorConfig) -> nn.Module:
         """Build the draft model."""
