@@ -93,6 +93,15 @@ class Checkpoint:
         """Dtype and shape of every stored tensor by name."""
         return {name: file.tensors[name] for name, file in sorted(self._homes.items())}
 
+    def verify(self) -> None:
+        """Compare the weight files with the checksums that they hold.
+
+        Raises:
+            CheckpointError: One was damaged after it was written.
+        """
+        for file in self.files:
+            file.verify()
+
     @property
     def has_weights(self) -> bool:
         """Whether a weight file lies in the folder; a verifier may consist of its config alone."""

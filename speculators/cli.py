@@ -225,20 +225,23 @@ def _as_json(result: ConversionResult) -> dict[str, Any]:
 
 
 def _list_algorithms(as_json: bool) -> None:
-    from speculators.registry import Registry
+    from speculators.registry import Registry, known_packages
 
     registry = Registry()
     algorithms = [_algorithm_facts(algorithm) for algorithm in registry.algorithms]
     broken = [vars(plugin) for plugin in registry.broken]
     if as_json:
-        click.echo(json.dumps({"algorithms": algorithms, "broken": broken}, indent=2))
+        install = [] if registry.names else known_packages()
+        click.echo(json.dumps({"algorithms": algorithms, "broken": broken, "install": install}, indent=2))
     else:
         click.echo(_printable(_listing(registry, algorithms)))
 
 
 def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
+    from pydantic_core import to_jsonable_python
+
     spec = algorithm.spec
-    schema = spec.options.model_json_schema()["properties"]
+    schema = spec.options.model_json_schema(by_alias=False)["properties"]
     return {
         "name": spec.name,
         "aliases": list(spec.aliases),
@@ -250,7 +253,7 @@ def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
             {
                 "name": name,
                 "type": _type_name(schema[name]),
-                "default": field.default,
+                "default": None if field.is_required() else to_jsonable_python(field.get_default(), fallback=str),
                 "description": field.description or "",
             }
             for name, field in sorted(spec.options.model_fields.items())

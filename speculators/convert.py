@@ -169,7 +169,7 @@ def prepare(
     spec = chosen.spec
     options = parse_options(chosen, algorithm_kwargs)
     matching = match(spec.table, source.tensors)
-    context = Context(source, verifier, options, matching, dtype)
+    context = Context(source, verifier, options, matching, dtype, spec.nested)
     facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
@@ -178,6 +178,7 @@ def prepare(
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )
+    source.verify()
     compared, dropped, notes = settle(planned, context)
     config, more = spec.configure(context, facts)
     return Conversion(

@@ -36,9 +36,6 @@ from speculators.weights import TensorInfo
 DEFAULT_POSITIONS = 2048
 """``max_position_embeddings`` of a config that names none (LlamaConfig; EAGLE's EConfig alike)."""
 
-NESTED_BLOCKS = ("model", "eagle_config", "text_config")
-"""Where some trainers put a draft's own settings; what stands outside them wins."""
-
 CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 """Keys that no forward reads and that travel along when the native config has them."""
 
@@ -57,7 +54,7 @@ UNSUPPORTED_ROWS: tuple[Row, ...] = (
     ),
     Refuse(
         "**.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_zero_point|weight_global_scale"
-        "|weight_scale|weight_scale_2|weight_scale_inv|input_scale|input_global_scale|k_scale|v_scale)",
+        "|absmax|quant_map|nested_absmax|nested_quant_map|weight_scale|weight_scale_2|weight_scale_inv|input_scale|input_global_scale|k_scale|v_scale)",
         "quantised weights are not supported; convert the checkpoint from before quantisation",
     ),
     Refuse("**.(lora_A|lora_B).**", "a LoRA adapter is no draft by itself; merge it first"),
@@ -142,19 +139,19 @@ class _NativeConfig(BaseModel):
     pad_token_id: int | None = None
 
 
-def native_config(config: Mapping[str, Any], schema: type[BaseModel] = _NativeConfig) -> dict[str, Any]:
+def native_config(context: Context, schema: type[BaseModel] = _NativeConfig) -> dict[str, Any]:
     """Flatten a draft's config and check the types of the keys that are read.
 
-    Its own keys come first, then those of the known nested blocks.
+    Its own keys come first, then those of the nested blocks that the algorithm names.
 
     Args:
-        config: The content of ``config.json``.
+        context: The conversion.
         schema: Further keys with their types, as a pydantic model.
 
     Raises:
         CheckpointError: A key has a value of another type; names every such key.
     """
-    flat = _flatten(config)
+    flat = _flatten(context.source.config, context.nested)
     problems = set()
     for model in (_NativeConfig, schema):
         try:
@@ -166,20 +163,21 @@ def native_config(config: Mapping[str, Any], schema: type[BaseModel] = _NativeCo
     return flat
 
 
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for block in reversed(NESTED_BLOCKS):
+    for block in reversed(blocks):
         if isinstance(config.get(block), Mapping):
-            flat |= _flatten(config[block])
+            flat |= _flatten(config[block], blocks)
     return flat | {key: value for key, value in config.items() if value is not None}
 
 
-def stated(config: Mapping[str, Any], key: str) -> list[Any]:
-    """List the different values that a config and its nested blocks give for a key."""
-    values = [config[key]] if config.get(key) is not None else []
-    for block in NESTED_BLOCKS:
-        if isinstance(config.get(block), Mapping):
-            values += [value for value in stated(config[block], key) if value not in values]
+def stated(context: Context, key: str) -> list[Any]:
+    """List the different values that a draft's config and its nested blocks give for a key."""
+    config = context.source.config
+    values: list[Any] = []
+    for block in [config, *(config[name] for name in context.nested if isinstance(config.get(name), Mapping))]:
+        if block.get(key) is not None and block[key] not in values:
+            values.append(block[key])
     return values
 
 
@@ -226,7 +224,7 @@ def examine_layers(context: Context, layer: str, vocabulary: Iterable[str]) -> F
 class _Sizes:
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.config = native_config(context.source.config)
+        self.config = native_config(context)
         self.dims: dict[str, int] = {}
         self.notes: list[str] = []
         self.findings: list[str] = []
@@ -300,7 +298,7 @@ def layer_config(context: Context, facts: Facts, dtype: str) -> tuple[DecoderLay
 
     Nothing is taken from the verifier but its vocabulary size and its number of positions.
     """
-    config = native_config(context.source.config)
+    config = native_config(context)
     dims = facts.dims
     own = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_POSITIONS
     override = getattr(context.options, "rope_theta", None)
@@ -363,7 +361,7 @@ def draft_dtype(context: Context) -> str:
     """Return the draft's dtype in torch's spelling: asked for, said by the config, or that of most tensors."""
     if context.dtype is not None:
         return context.dtype
-    config = native_config(context.source.config)
+    config = native_config(context)
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     if said in dtypes.STORED_NAMES and dtypes.STORED_NAMES[said] in dtypes.FLOATS:
         return said

@@ -158,6 +158,8 @@ class Draft:
             return None
         checkpoint, name = home
         rows = checkpoint.tensors[name].shape[0]
+        if checkpoint is not self._converted:
+            rows = self._verifier.vocab_size
         pieces = []
         for start in range(0, rows, ROWS_AT_ONCE):
             block = checkpoint.tensor(name, (start, min(start + ROWS_AT_ONCE, rows)))

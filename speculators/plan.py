@@ -215,7 +215,7 @@ class _Builder:
         if expected is not None and expected != info.shape:
             self.wrong.append(f"{found.source} is {info}, expected [{row.shape}] = {list(expected)}")
         move = Move(found.source, target, info)
-        if isinstance(row, Shared):
+        if isinstance(row, Shared) and not row.copies:
             self.comparisons.append(Comparison(move, row))
         else:
             self.moves.append(move)

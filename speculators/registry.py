@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from speculators import hookspecs
-from speculators.errors import AlgorithmError, PluginError
+from speculators.errors import AlgorithmError, CheckpointError, PluginError
 
 if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
@@ -92,7 +92,8 @@ class Registry:
             claims = " and ".join(f"{one.spec.name} ({one.package} {one.version})" for one in known)
             raise PluginError(f"{name!r} is an alias of {claims}; name one of them")
         if not known:
-            raise AlgorithmError(f"no algorithm {name!r} is installed; {self.describe_installed()}")
+            broken = f"; broken: {'; '.join(map(str, self.broken))}" if self.broken else ""
+            raise AlgorithmError(f"no algorithm {name!r} is installed; {self.describe_installed()}{broken}")
         return known[0]
 
     def recognise(self, source: Checkpoint) -> Algorithm:
@@ -101,7 +102,18 @@ class Registry:
         Raises:
             AlgorithmError: None or several do; lists them.
         """
-        matching = [algorithm for algorithm in self.algorithms if algorithm.spec.recognises(source)]
+        matching = []
+        for algorithm in self.algorithms:
+            try:
+                if algorithm.spec.recognises(source):
+                    matching.append(algorithm)
+            except (CheckpointError, OSError):
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"the plugin {algorithm.package} {algorithm.version} failed to look at {source.path}: "
+                    f"{type(error).__name__}: {error}; name the algorithm with --algorithm"
+                ) from error
         if len(matching) == 1:
             return matching[0]
         if matching:
@@ -132,7 +144,7 @@ class Registry:
                 self._loaded[name] = Algorithm(_load_spec(entry_point)(), package, version)
             except PluginError as error:
                 self._loaded[name] = BrokenPlugin(name, package, version, str(error))
-            except Exception as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
                 self._loaded[name] = BrokenPlugin(name, package, version, f"{type(error).__name__}: {error}")
         return self._loaded[name]
 
@@ -151,7 +163,8 @@ def _origin(entry_point: EntryPoint) -> tuple[str, str]:
 
 
 def _load_spec(entry_point: EntryPoint) -> type[ConverterSpec]:
-    from speculators.spec import INTERFACE, ConverterSpec
+    from speculators.config import SpeculatorConfig
+    from speculators.spec import INTERFACE, ConverterSpec, Options
 
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
@@ -165,7 +178,14 @@ def _load_spec(entry_point: EntryPoint) -> type[ConverterSpec]:
     if missing:
         raise PluginError(f"{spec.__qualname__} lacks {', '.join(missing)}")
     if spec.interface != INTERFACE:
-        raise PluginError(f"written for plugin interface {spec.interface}, this is {INTERFACE}; upgrade the older one")
+        raise PluginError(
+            f"written for plugin interface {spec.interface!r}, this is {INTERFACE}; upgrade the older one"
+        )
+    for member, base in (("options", Options), ("config", SpeculatorConfig)):
+        if not inspect.isclass(getattr(spec, member)) or not issubclass(getattr(spec, member), base):
+            raise PluginError(f"{spec.__qualname__}.{member} is no subclass of {base.__name__}")
+    if not isinstance(spec.aliases, tuple):
+        raise PluginError(f"{spec.__qualname__}.aliases is {spec.aliases!r}, expected a tuple of names")
     if spec.name != entry_point.name:
         raise PluginError(f"its entry point is named {entry_point.name!r}, its spec {spec.name!r}")
     return spec

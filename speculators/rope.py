@@ -19,6 +19,16 @@ DEFAULT_THETA = 10000.0
 RENAMED_TYPES = {"su": "longrope", "mrope": "default", "none": "default"}
 """Old names of scaling types; mrope's sections stay, and plain text rotates as by default."""
 
+REQUIRED_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Scaling type → what it cannot do without (transformers ``modeling_rope_utils.py``)."""
+
 EXTENDING_TYPES = ("yarn", "longrope", "llama3")
 """Types that scale relative to the positions of pre-training, by default ``max_position_embeddings``."""
 
@@ -57,6 +67,11 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
             merged["original_max_position_embeddings"] = original
         if merged.get("factor") is None and merged["rope_type"] != "llama3":
             merged["factor"] = positions / merged["original_max_position_embeddings"]
+    kind = merged["rope_type"]
+    if kind not in REQUIRED_FIELDS:
+        raise CheckpointError(f"config.json says rope_type {kind!r}, none of {', '.join(sorted(REQUIRED_FIELDS))}")
+    if absent := [name for name in REQUIRED_FIELDS[kind] if merged.get(name) is None]:
+        raise CheckpointError(f"config.json says rope_type {kind!r} without {', '.join(absent)}, which it needs")
     return merged, notes
 
 

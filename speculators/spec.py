@@ -18,7 +18,7 @@ A complete plugin is one class and one hook::
 
         def recognises(self, source): return set(source.tensors) == {"fc.weight"}
         def examine(self, context): return Facts(dims={"H": context.verifier.hidden_size})
-        def configure(self, context, facts): return ToyConfig(...)
+        def configure(self, context, facts): return ToyConfig(...), []
         def dims(self, config): return {"H": config.transformer_layer_config.hidden_size}
         def parts(self, config): return frozenset()
         def build(self, config): from .draft import ToyDraft; return ToyDraft(config)
@@ -74,6 +74,7 @@ class Context:
         options: The algorithm's checked options; an instance of its ``options`` class.
         matching: Which tensors of the source belong to which rows.
         dtype: Dtype in torch's spelling to which the user wants floating tensors cast, if any.
+        nested: The algorithm's ``nested``.
     """
 
     source: Checkpoint
@@ -81,6 +82,7 @@ class Context:
     options: Any
     matching: Matching
     dtype: str | None = None
+    nested: tuple[str, ...] = ()
 
     def shape(self, target: str) -> tuple[int, ...] | None:
         """Return the shape of the source tensor that becomes ``target``; ``None`` if there is none."""
@@ -110,6 +112,8 @@ class ConverterSpec(ABC):
             dtype, so that the draft saw rounded ones.
         head: Output name of the LM head; the verifier's when the output leaves it out.
         buffers: Output names of tensors that are no parameters of the draft model.
+        nested: Blocks of the native config in which trainers put the draft's own settings; what stands
+            outside them wins.
         draft_to_target: Output name of the offsets from draft token ids to the verifier's, if there are any.
     """
 
@@ -125,6 +129,7 @@ class ConverterSpec(ABC):
     copies_embedding: ClassVar[bool] = False
     head: ClassVar[str] = "lm_head.weight"
     buffers: ClassVar[tuple[str, ...]] = ()
+    nested: ClassVar[tuple[str, ...]] = ("model", "text_config")
     draft_to_target: ClassVar[str] = ""
 
     @abstractmethod

@@ -12,7 +12,7 @@ A table is data. Each row states one fact about one tensor, or about one tensor 
 Source patterns match whole names: ``(a|b)`` is either spelling (the first is the one training code
 uses), ``{1:L}`` runs over the numbers from 1 below ``L``, ``*`` is any one dotted part and ``**`` any
 stretch; the last two only in rows that write nothing. Shapes are products of symbols, as in
-``"heads*head_dim, 2*H"``; what a symbol stands for is the algorithm's to say (its ``dimensions``).
+``"heads*head_dim, 2*H"``; what a symbol stands for is the algorithm's to say (`examine`).
 
 Each tensor belongs to exactly one row. `Refuse` rows are looked at first, then `Drop` rows; after
 them two matching rows are an error in the table and none is an error to report, so the order of
@@ -146,17 +146,20 @@ def Keep(  # noqa: N802 - a row like the others
 class Shared(Rename):
     """A tensor that drafts share with their verifier.
 
-    It is left out of the output when it equals the verifier's, as inference engines share that one.
+    It is left out of the output when it equals the verifier's, as inference engines share that one,
+    unless ``copies`` says otherwise.
     When it differs it is written, or refused where ``own`` is false. When it is absent the
     verifier's takes its place, if the shapes allow it.
 
     Args:
         verifier: Which of the verifier's tensors: ``"embed_tokens"`` or ``"lm_head"``.
         own: Whether the output type has room for a draft's own.
+        copies: Whether a copy is written although it equals the verifier's, for readers that do not share.
     """
 
     verifier: str = ""
     own: bool = True
+    copies: bool = False
 
 
 @dataclass(frozen=True)

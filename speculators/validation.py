@@ -159,7 +159,7 @@ def check_forward(
     tokens = torch.randint(config.transformer_layer_config.vocab_size, (BATCH, LENGTH), generator=generator)
     states = torch.randn(BATCH, LENGTH, draft.state_size, generator=generator)
     first, second = (draft.run(tokens, states) for _ in range(2))
-    named = [("hidden states", *pair) for pair in [(first[0], second[0])]]
+    named = [("hidden states", first[0], second[0])]
     if first[1] is not None and second[1] is not None:
         named.append(("logits", first[1], second[1]))
     for name, once, again in named:

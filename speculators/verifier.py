@@ -47,8 +47,11 @@ class Verifier:
     """
 
     def __init__(self, location: str | Path) -> None:
-        self.name = str(location)
-        self._checkpoint = Checkpoint(local_path(location))
+        path = local_path(location)
+        self.name = str(path) if str(location).startswith("~") else str(location)
+        self._checkpoint = Checkpoint(path)
+        if path.is_file():
+            raise CheckpointError(f"the verifier {location} is a file; name the folder that holds it")
         self.text = text_config(self._checkpoint.config)
         self.hidden_size = self._size("hidden_size", "n_embd")
         self.vocab_size = self._size("vocab_size")
@@ -101,7 +104,8 @@ class Verifier:
     def find(self, role: str) -> str | None:
         """Name the tensor that plays ``role``; ``None`` when there is none, or no weights at all.
 
-        Without an LM head of its own, a model uses its embeddings as one.
+        Without an LM head of its own, a model uses its embeddings as one. Tables may be padded: rows past
+        the vocabulary are nobody's.
 
         Raises:
             CheckpointError: The tensor has another shape than the config says.
@@ -112,7 +116,8 @@ class Verifier:
         if role == "lm_head" and self.text.get("tie_word_embeddings") is True:
             names = [*SHARED_TENSORS["embed_tokens"]]
         name = next((name for name in names if name in self.weights.tensors), None)
-        if name is not None and self.weights.tensors[name].shape != self.shapes[role]:
+        shape, (vocabulary, width) = self.weights.tensors[name].shape if name else (), self.shapes[role]
+        if name is not None and (len(shape) != 2 or shape[0] < vocabulary or shape[1] != width):
             raise CheckpointError(
                 f"{name} of the verifier {self.name} is {self.weights.tensors[name]}, "
                 f"its config says {list(self.shapes[role])}"

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,9 @@ class WeightFile(Protocol):
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor, in row-major little-endian order."""
 
+    def verify(self) -> None:
+        """Compare the file with the checksums that it holds, if its format has any."""
+
 
 class SafetensorsFile:
     """A ``.safetensors`` file, whole and well-formed, or a `CheckpointError` that says why not."""
@@ -88,6 +92,9 @@ class SafetensorsFile:
                 f"{self.path} ended inside tensor {name!r} while it was read; was it changed meanwhile?"
             )
         return memoryview(data)
+
+    def verify(self) -> None:
+        """Do nothing: the format has no checksums."""
 
     def _check_offsets(self) -> None:
         expected = 0
@@ -154,6 +161,22 @@ class PickleFile:
             flat = self._tensors[name].contiguous().view(-1).view(torch.uint8).numpy()
             self._flat = (name, flat.data)
         return self._flat[1][start:stop]
+
+    def verify(self) -> None:
+        """Check the checksums of a zip file, which torch does not look at when it maps one.
+
+        Raises:
+            CheckpointError: The content was changed after it was written.
+        """
+        if not _is_zip(self.path):
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}. Download it again.") from error
+        if damaged is not None:
+            raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is wrong. Download it again.")
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:

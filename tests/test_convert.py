@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -431,11 +432,18 @@ def test_a_config_value_of_another_type_is_refused_by_name(
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_act": "unheard-of"},
         {"rope_scaling": {"rope_type": "unheard-of", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "linear"}},
     ],
 )
+def test_a_rotary_scaling_that_cannot_be_is_refused_before_anything_is_written(
+    change: dict[str, object], variant: Copy, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="rope_type"):
+        convert_model(variant("eagle3", config=change), verifier=VERIFIER, output_path=tmp_path / "out", validate=False)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "unheard-of"}])
 def test_a_config_from_which_no_draft_can_be_built_fails_validation(
     change: dict[str, object], variant: Copy, tmp_path: Path
 ) -> None:
@@ -484,3 +492,32 @@ def test_an_lm_head_that_cannot_be_read_is_said_and_does_not_stop_the_rest(tmp_p
 
     assert result.validation is not None
     assert "no logits, as no file holds the LM head" in result.validation.checks[-1].detail
+
+
+def test_a_pickle_whose_bytes_were_changed_is_refused(tmp_path: Path) -> None:
+    source = shutil.copytree(DATA / "eagle1-fc-bias", tmp_path / "source")
+    content = bytearray((source / "pytorch_model.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (source / "pytorch_model.bin").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"the checksum of .* is wrong"):
+        convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+
+def test_a_padded_table_of_the_verifier_is_read_up_to_its_vocabulary(tmp_path: Path) -> None:
+    tensors = read_tensors(VERIFIER)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat((tensors[name], torch.ones(64, 128)))
+    config = json.loads((VERIFIER / "config.json").read_text())
+    verifier = write_checkpoint(tmp_path / "verifier", config, tensors)
+
+    result = convert_model(DATA / "eagle1-no-bias", verifier=verifier, output_path=tmp_path / "out")
+
+    assert result.dropped == {"embed_tokens.weight": "equal to the verifier's embed_tokens"}
+    assert result.validation is not None
+    assert "logits [2, 16, 256]" in result.validation.checks[-1].detail
+
+
+def test_a_verifier_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file; name the folder"):
+        convert_model(DATA / "eagle3", verifier=VERIFIER / "model.safetensors", output_path=tmp_path / "out")

@@ -102,6 +102,8 @@ def test_two_plugins_with_one_alias_must_be_told_apart(install: Install) -> None
         pytest.param("def examine", "def examin", "lacks examine", id="a method missing"),
         pytest.param('name = "toy"', 'name = "tyo"', "named 'toy', its spec 'tyo'", id="another name"),
         pytest.param("return Toy\n", "return 42\n", "does not return one ConverterSpec", id="nonsense returned"),
+        pytest.param("options = ToyOptions", "options = int", "options is no subclass of Options", id="no schema"),
+        pytest.param('("plaything",)', '"plaything"', "expected a tuple of names", id="one string of aliases"),
         pytest.param("@hookimpl\n", "", "does not return one ConverterSpec", id="no hook"),
         pytest.param("register_converter()", "register_convertor()", "unknown hook", id="a hook misspelt"),
         pytest.param(
@@ -130,6 +132,21 @@ def test_auto_names_all_that_recognise_one_checkpoint(install: Install) -> None:
     registry = install("other", eager.replace('name = "toy"', 'name = "other"'))
 
     with pytest.raises(AlgorithmError, match="could be any of other, toy; choose one with --algorithm"):
+        registry.recognise(Checkpoint(DATA / "eagle3"))
+
+
+def test_a_plugin_that_exits_when_imported_does_not_end_the_command(install: Install) -> None:
+    install("toy", TOY)
+    registry = install("quitter", "raise SystemExit('bye')")
+
+    assert [algorithm.spec.name for algorithm in registry.algorithms] == ["toy"]
+    assert [plugin.reason for plugin in registry.broken] == ["SystemExit: bye"]
+
+
+def test_a_plugin_that_raises_when_it_looks_at_a_checkpoint_is_named(install: Install) -> None:
+    registry = install("toy", TOY.replace('set(source.tensors) == {"toy.weight"}', "1 / 0"))
+
+    with pytest.raises(PluginError, match=r"speculators-toy 0\.3\.0 failed to look at .*ZeroDivisionError"):
         registry.recognise(Checkpoint(DATA / "eagle3"))
 
 

@@ -43,7 +43,6 @@ def test_a_converted_head_is_accepted_as_the_original_was(name: str, tmp_path: P
         ("hass-fc-bias", "fc_bias_dropped", {"tensors": {"fc.bias": None}}, {}),
         ("hass-layernorms", "all_three_layernorms_ignored", {"tensors": dict.fromkeys(NORMS)}, {}),
         ("eagle3", "aux_states_taken_one_layer_late", {}, {LAYER_IDS: [3, 5, 6]}),
-        ("eagle3", "aux_states_in_reverse_order", {}, {LAYER_IDS: [5, 4, 2]}),
     ],
 )
 def test_a_mistake_costs_what_it_cost_the_original(

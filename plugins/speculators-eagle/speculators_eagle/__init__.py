@@ -160,7 +160,7 @@ def has_layernorms(source: Checkpoint) -> bool:
 
 
 def _bias_note(context: Context, facts: Facts) -> list[str]:
-    said = decoder.native_config(context.source.config).get("bias")
+    said = decoder.native_config(context).get("bias")
     present = "fusion_bias" in facts.parts
     if said is None or said == present:
         return []

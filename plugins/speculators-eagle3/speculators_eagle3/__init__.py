@@ -68,7 +68,7 @@ ROWS: tuple[Row, ...] = (
     *decoder.layer_rows("layers.{1:L}.", "layers.{1:L}."),
     _output_bias("layers.{1:L}.", "layers.{1:L}."),
     Keep("norm.weight", "H"),
-    Shared("lm_head.weight", "lm_head.weight", "DV, H", verifier="lm_head"),
+    Shared("lm_head.weight", "lm_head.weight", "DV, H", verifier="lm_head", copies=True),
     Keep(
         "d2t",
         "DV",
@@ -112,6 +112,7 @@ class Eagle3Options(decoder.DraftOptions):
     )
     eagle_aux_hidden_state_layer_ids: list[int] | None = Field(
         default=None,
+        min_length=1,
         description="Verifier layers whose inputs fc joins (2, n/2, n-3 of n when neither given nor in config.json).",
     )
 
@@ -156,6 +157,7 @@ class Eagle3(ConverterSpec):
     config = Eagle3Config
     buffers = ("d2t", "t2d")
     draft_to_target = "d2t"
+    nested = ("model", "eagle_config", "text_config")
 
     def recognises(self, source: Checkpoint) -> bool:
         """A first layer that norms embeddings and states apart, or the architecture's name."""

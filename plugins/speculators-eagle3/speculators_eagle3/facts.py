@@ -41,7 +41,7 @@ class _NativeConfig(BaseModel):
 
 
 def _config(context: Context) -> dict[str, Any]:
-    return decoder.native_config(context.source.config, _NativeConfig)
+    return decoder.native_config(context, _NativeConfig)
 
 
 def examine(table: Table, context: Context) -> Facts:
@@ -149,7 +149,7 @@ def _norms(context: Context, config: dict[str, Any], parts: set[str], notes: lis
 def _hidden_flags(context: Context) -> list[str]:
     findings = []
     for name in HIDDEN_FLAGS:
-        said, given = decoder.stated(context.source.config, name), getattr(context.options, name)
+        said, given = decoder.stated(context, name), getattr(context.options, name)
         if len(said) > 1:
             findings.append(f"config.json says {name} both {said[0]!r} and {said[1]!r}; remove the one that is wrong")
         elif said and said != [[]] and given is not None and given != said[0]:
@@ -163,8 +163,8 @@ def _layer_ids(context: Context, config: dict[str, Any], dims: dict[str, int], n
         return _default_layer_ids(context, count, layers, LAYER_IDS in config, notes)
     if count is not None and len(ids) != count:
         return [f"fc joins {count} states, but {LAYER_IDS} names {len(ids)}: {ids}"]
-    if len(set(ids)) != len(ids) or not all(0 <= number <= layers for number in ids):
-        return [f"{LAYER_IDS} {ids} are not distinct layers of the verifier, which has {layers}"]
+    if sorted(set(ids)) != ids or not all(0 <= number <= layers for number in ids):
+        return [f"{LAYER_IDS} {ids} are not rising layers of the verifier, which has {layers}; engines sort them"]
     return []
 
 
@@ -177,7 +177,7 @@ def _default_layer_ids(context: Context, count: int | None, layers: int, stated:
         # ModelOpt writes this block and lets the ids be chosen; a published head without them accepts 1.2 % of
         # its drafts at the default layers and 58.9 % at its own (vllm-project/vllm pull request 50170).
         return [f"eagle_config does not say which layers of the verifier fc joins, and they vary; {how} ({default}?)"]
-    if len({*default}) < 3 or min(default) < 0:
+    if sorted({*default}) != default:
         return [f"nothing says which layers of the verifier fc joins, and it is too shallow for the usual ones; {how}"]
     notes.append(
         f"nothing says which layers of the verifier feed the head: engines take the inputs of layers {default}, "

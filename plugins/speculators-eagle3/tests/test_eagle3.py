@@ -130,6 +130,17 @@ def test_without_an_lm_head_the_verifiers_serves_a_full_vocabulary(variant: Copy
     assert "logits [2, 16, 256]" in result.validation.checks[-1].detail
 
 
+def test_an_lm_head_equal_to_the_verifiers_is_kept_for_readers_that_do_not_share(variant: Copy, tmp_path: Path) -> None:
+    head = read_tensors(VERIFIER)["lm_head.weight"].half()
+    source = variant(
+        "eagle3", config={"draft_vocab_size": 256}, tensors={"lm_head.weight": head, "d2t": None, "t2d": None}
+    )
+
+    convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+    assert torch.equal(read_tensors(tmp_path / "out")["lm_head.weight"], head)
+
+
 def test_an_lm_head_tied_to_the_drafts_own_embeddings_is_not_taken_for_the_verifiers(
     variant: Copy, tmp_path: Path
 ) -> None:
@@ -180,7 +191,7 @@ def test_an_option_that_contradicts_the_config_is_refused(
         )
 
 
-@pytest.mark.parametrize("ids", [[2, 4], [2, 4, 9], [2, 2, 5], [-1, 4, 5]])
+@pytest.mark.parametrize("ids", [[2, 4], [2, 4, 9], [2, 2, 5], [-1, 4, 5], [5, 2, 4]])
 def test_layer_ids_that_the_verifier_does_not_have_are_refused(ids: list[int], tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=LAYER_IDS):
         convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", **{LAYER_IDS: ids})
