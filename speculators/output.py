@@ -70,7 +70,7 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         )
     try:
         config = json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or MODEL_TYPE_KEY not in config:
         raise OutputError(
@@ -170,7 +170,10 @@ def write_safetensors(path: Path, payloads: Iterable[Payload]) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for payload in ordered:
+            start = file.tell()
             for chunk in payload.chunks():
                 file.write(chunk)
-        if file.tell() != 8 + len(text) + offset:
-            raise RuntimeError(f"wrote {file.tell()} bytes to {path}, expected {8 + len(text) + offset}")
+            if file.tell() - start != payload.info.nbytes:
+                raise RuntimeError(
+                    f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}"
+                )

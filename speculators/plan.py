@@ -43,7 +43,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Matching:
-    """The outcome of `match`: every source name is in exactly one of the four.
+    """The outcome of `match`: every source name is in exactly one of these.
 
     Attributes:
         moves: Target name → match.

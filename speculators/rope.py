@@ -7,7 +7,6 @@ often trained with another base and scaling than its verifier has.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +28,10 @@ REQUIRED_FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 """Scaling type → what it cannot do without (transformers ``modeling_rope_utils.py``)."""
 
+LISTS = ("short_factor", "long_factor", "mrope_section")
+FLAGS = ("truncate", "mrope_interleaved")
+"""Fields of a block that are lists or truth values; all others are numbers."""
+
 EXTENDING_TYPES = ("yarn", "longrope", "llama3")
 """Types that scale relative to the positions of pre-training, by default ``max_position_embeddings``."""
 
@@ -46,6 +49,9 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
             contradict each other.
     """
     notes: list[str] = []
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is not None and not _is_number(config[key]):
+            raise CheckpointError(f"config.json says {key} {config[key]!r}, expected a finite number")
     legacy, modern = _block(config, "rope_scaling"), _block(config, "rope_parameters")
     if config.get("rope_theta") is not None:
         legacy["rope_theta"] = config["rope_theta"]
@@ -59,7 +65,7 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
     if merged.get("rope_theta") is None:
         merged["rope_theta"] = DEFAULT_THETA
         notes.append("config.json names no rope_theta: 10000, the default of the training code, is written")
-    if "partial_rotary_factor" in config:
+    if config.get("partial_rotary_factor") is not None:
         merged.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     if merged["rope_type"] in EXTENDING_TYPES:
         original = config.get("original_max_position_embeddings") or positions
@@ -75,6 +81,10 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
     return merged, notes
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def _block(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     block = config.get(key) or {}
     if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
@@ -83,7 +93,9 @@ def _block(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     kind = flat.pop("rope_type", flat.get("type"))
     flat.pop("type", None)
     for name, value in flat.items():
-        if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+        if name in LISTS and isinstance(value, list):
+            continue
+        if name != "rope_type" and not _is_number(value) and not (name in FLAGS and isinstance(value, bool)):
             raise CheckpointError(f"config.json says {name} {value!r} in {key}, expected a finite number")
     if kind is not None and not isinstance(kind, str):
         raise CheckpointError(f"config.json says rope_type {kind!r} in {key}, expected a name")

@@ -158,7 +158,7 @@ class PickleFile:
         if self._flat is None or self._flat[0] != name:
             import torch
 
-            flat = self._tensors[name].contiguous().view(-1).view(torch.uint8).numpy()
+            flat = self._tensors[name].resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
             self._flat = (name, flat.data)
         return self._flat[1][start:stop]
 

@@ -1,161 +1,366 @@
-"""Writing: all of it or nothing, and nothing that stood there is lost."""
+"""Writing: files that others read, published whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from speculators import OutputError
 from speculators.output import Payload, check_target, staged, write_safetensors
 from speculators.weights import TensorInfo
 
-
-def payloads() -> list[Payload]:
-    return [
-        Payload("mask", TensorInfo("BOOL", (3,)), lambda: [b"\x01\x00\x01"]),
-        Payload("a", TensorInfo("F16", (2,)), lambda: [b"\x00\x3c", b"\x00\x40"]),
-        Payload("map", TensorInfo("I64", (1,)), lambda: [(7).to_bytes(8, "little")]),
-    ]
-
-
-def converted(path: Path) -> Path:
-    """Make something that looks like an earlier output."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"speculators_model_type": "eagle3"}))
-    (path / "model.safetensors").write_bytes(b"old")
-    return path
+CONFIG = '{"speculators_model_type": "eagle3"}'
+MIXED = (
+    ("flags", "BOOL", (3,), b"\1\0\1"),
+    ("wide", "I64", (1,), b"\7\0\0\0\0\0\0\0"),
+    ("half", "BF16", (1,), b"\x80\x3f"),
+    ("b", "F32", (2,), b"\0\0\x80\x3f\0\0\0\x40"),
+    ("a", "F32", (), b"\0\0\x80\x3f"),
+    ("none", "F32", (0, 4), b""),
+)
 
 
-def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "m.safetensors", payloads())
+class Interrupted(BaseException):
+    """What a signal raises."""
 
-    tensors = load_file(tmp_path / "m.safetensors")
-    assert {name: value.tolist() for name, value in tensors.items()} == {
-        "mask": [True, False, True],
-        "a": [1.0, 2.0],
-        "map": [7],
-    }
-    with safe_open(tmp_path / "m.safetensors", "np") as file:
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """Write with the permissions that most users have."""
+    previous = os.umask(0o022)
+    yield
+    os.umask(previous)
+
+
+def payload(name: str, dtype: str, shape: tuple[int, ...], *chunks: bytes) -> Payload:
+    """Describe a tensor to write."""
+    return Payload(name, TensorInfo(dtype, shape), lambda: chunks)
+
+
+def names(folder: Path) -> list[str]:
+    """List a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def existing(folder: Path, **files: str) -> Path:
+    """Make a folder of text files; an underscore in a keyword is a dot in the name."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def test_a_written_file_is_read_back_by_the_safetensors_library(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", [payload(*entry) for entry in MIXED])
+
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    found = load_file(tmp_path / "x.safetensors")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in found.items()} == {
+        "flags": (torch.bool, [True, False, True]),
+        "wide": (torch.int64, [7]),
+        "half": (torch.bfloat16, [1.0]),
+        "b": (torch.float32, [1.0, 2.0]),
+        "a": (torch.float32, 1.0),
+        "none": (torch.float32, []),
+    }
+    assert found["none"].shape == (0, 4)
 
 
-def test_the_order_of_tensors_does_not_matter_and_each_is_aligned(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "m.safetensors", payloads())
-    write_safetensors(tmp_path / "n.safetensors", payloads()[::-1])
+def test_a_file_without_tensors_is_readable_too(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", [])
 
-    content = (tmp_path / "m.safetensors").read_bytes()
-    assert content == (tmp_path / "n.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    for name, size in (("map", 8), ("a", 2), ("mask", 1)):
-        assert (8 + length + header[name]["data_offsets"][0]) % size == 0
+    assert load_file(tmp_path / "x.safetensors") == {}
 
 
-def test_a_finished_block_publishes_its_folder(tmp_path: Path) -> None:
-    with staged(tmp_path / "a" / "b") as folder:
-        (folder / "config.json").write_text("{}")
-        assert not (tmp_path / "a" / "b").exists()
+def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", [payload(*entry) for entry in MIXED])
+    write_safetensors(tmp_path / "y.safetensors", [payload(*entry) for entry in reversed(MIXED)])
 
-    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
-    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o777 & ~_umask()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@pytest.mark.parametrize("length", range(1, 9))
+def test_every_tensor_is_aligned_to_its_dtype(length: int, tmp_path: Path) -> None:
+    sizes = {"I64": 8, "F32": 4, "BF16": 2, "BOOL": 1}
+    entries = [payload(dtype.lower() * length, dtype, (3,), bytes(3 * size)) for dtype, size in sizes.items()]
+
+    write_safetensors(tmp_path / "x.safetensors", entries[::-1])
+
+    data = (tmp_path / "x.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    assert {
+        entry["dtype"]: (8 + size + entry["data_offsets"][0]) % sizes[entry["dtype"]]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    } == {"I64": 0, "F32": 0, "BF16": 0, "BOOL": 0}
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_block_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), staged(tmp_path / "a" / "b") as folder:
-        (folder / "config.json").write_text("{}")
+def test_the_layout_of_a_file(tmp_path: Path) -> None:
+    write_safetensors(
+        tmp_path / "x.safetensors", [payload("bb", "U8", (2,), b"\3", b"\4"), payload("a", "U8", (1,), b"\2")]
+    )
+
+    assert (tmp_path / "x.safetensors").read_bytes() == (
+        b"\x90\0\0\0\0\0\0\0"
+        b'{"__metadata__":{"format":"pt"},'
+        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"bb":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}'
+        b"       "
+        b"\2\3\4"
+    )
+
+
+@pytest.mark.parametrize("chunks", [(b"\1",), (b"\1\2", b"\3")], ids=["too few", "too many"])
+def test_bytes_that_do_not_fill_their_tensor_are_a_bug(chunks: tuple[bytes, ...], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="expected"):
+        write_safetensors(tmp_path / "x.safetensors", [payload("a", "U8", (2,), *chunks)])
+
+
+def test_bytes_that_spill_into_the_next_tensor_are_a_bug(tmp_path: Path) -> None:
+    tensors = [payload("a", "U8", (2,), b"\1"), payload("b", "U8", (2,), b"\2\3\4")]
+
+    with pytest.raises(RuntimeError, match="expected"):
+        write_safetensors(tmp_path / "x.safetensors", tensors)
+
+
+def test_a_staged_folder_is_published_when_its_block_ends(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+        assert not (tmp_path / "out").exists()
+
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == CONFIG
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    with staged(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_a_relative_path_is_published_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with staged(Path("out")) as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted, KeyboardInterrupt])
+def test_an_exception_leaves_nothing_and_passes_through(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
         raise error
 
-    assert not any(tmp_path.iterdir())
+    assert names(tmp_path) == []
 
 
-def test_an_interrupted_block_keeps_what_was_there(tmp_path: Path) -> None:
-    path = converted(tmp_path / "out")
+def test_an_exception_removes_the_parents_that_were_made_but_no_others(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
 
-    with pytest.raises(RuntimeError), staged(path, overwrite=True) as folder:
+    with pytest.raises(ValueError, match="failed"), staged(tmp_path / "mine" / "a" / "b" / "out"):
+        raise ValueError("failed")
+
+    assert names(tmp_path) == ["mine"]
+    assert names(tmp_path / "mine") == []
+
+
+def test_an_exception_keeps_what_others_put_into_a_parent_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="failed"), staged(tmp_path / "a" / "b" / "out"):
+        (tmp_path / "a" / "notes.txt").write_text("mine")
+        raise ValueError("failed")
+
+    assert names(tmp_path / "a") == ["notes.txt"]
+
+
+def test_an_exception_keeps_the_previous_content(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+
+    with pytest.raises(ValueError, match="failed"), staged(out) as folder:
         (folder / "config.json").write_text("{}")
-        raise RuntimeError
+        raise ValueError("failed")
 
-    assert (path / "model.safetensors").read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists and is not empty"), staged(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("{}")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("years of work")
-
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert names(tmp_path) == ["out"]
+    assert (out / "config.json").read_text() == CONFIG
 
 
-def test_a_replaced_output_leaves_no_trace(tmp_path: Path) -> None:
-    path = converted(tmp_path / "out")
+def test_the_previous_content_is_replaced_whole(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG, model_safetensors="old")
 
-    with staged(path, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
+    with staged(out, overwrite=True) as folder:
+        (folder / "config.json").write_text(CONFIG)
 
-    assert [entry.name for entry in path.iterdir()] == ["config.json"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["config.json"]
+    assert (out / "config.json").read_text() == CONFIG
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
-    check_target(tmp_path / "out", [], overwrite=False)
     with staged(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text(CONFIG)
 
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_a_file_of_the_users_beside_a_converted_model_is_not_lost(tmp_path: Path) -> None:
-    path = converted(tmp_path / "out")
-    (path / "NOTES.md").write_text("mine")
-
-    with pytest.raises(OutputError, match=r"has NOTES\.md beside a converted model"):
-        check_target(path, [], overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["config.json"]
 
 
-def test_targets_that_are_no_folders_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("mask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o002, 0o775, 0o664)]
+)
+@pytest.mark.usefixtures("umask")
+def test_an_output_has_the_permissions_that_the_umask_leaves(
+    mask: int, folder_mode: int, file_mode: int, tmp_path: Path
+) -> None:
+    os.umask(mask)
 
-    for name in ("file", "link"):
-        with pytest.raises(OutputError, match="is no folder"):
-            check_target(tmp_path / name, [], overwrite=True)
+    with staged(tmp_path / "out") as folder:
+        write_safetensors(folder / "model.safetensors", [])
 
-
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
-def test_an_impossible_path_is_refused(name: str) -> None:
-    with pytest.raises(OutputError, match=r"no path that this system knows|cannot write"):
-        check_target(Path(name), [], overwrite=False)
-
-
-def test_a_name_that_is_too_long_leaves_no_parents_behind(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "a" / ("x" * 300)):
-        pass
-
-    assert not any(tmp_path.iterdir())
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == file_mode
+    assert os.umask(mask) == mask
 
 
-def test_a_target_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_an_error_of_the_disk_is_worded_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="out: No space left on device; nothing was kept"), staged(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+
+    assert names(tmp_path) == []
+
+
+def test_a_file_in_place_of_a_parent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
 
     with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "file" / "out"):
         pass
+
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_name_that_the_disk_refuses_leaves_no_parents(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "a" / ("x" * 300)):
+        pass
+
+    assert names(tmp_path) == []
+
+
+def test_a_file_at_the_target_is_kept_when_publishing_fails(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+
+    with pytest.raises(OutputError, match="cannot write"), staged(tmp_path / "out"):
+        pass
+
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_free_target_is_accepted(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "source").mkdir()
+
+    check_target(tmp_path / "empty", [tmp_path / "source"], overwrite)
+    check_target(tmp_path / "new", [tmp_path / "source"], overwrite)
+    check_target(tmp_path / "source" / "converted", [tmp_path / "source"], overwrite)
+
+    assert names(tmp_path) == ["empty", "source"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_is_refused(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+
+    with pytest.raises(OutputError, match="out exists and is no folder"):
+        check_target(tmp_path / "out", [], overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("there", [True, False], ids=["to a folder", "to nothing"])
+def test_a_symbolic_link_in_the_way_is_refused(there: bool, overwrite: bool, tmp_path: Path) -> None:
+    if there:
+        existing(tmp_path / "elsewhere", config_json=CONFIG)
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(OutputError, match="out exists and is no folder"):
+        check_target(tmp_path / "out", [], overwrite)
+
+
+def test_a_folder_that_is_not_empty_is_refused_without_overwrite(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+
+    with pytest.raises(OutputError, match=r"out exists and is not empty.*pass --overwrite"):
+        check_target(out, [], overwrite=False)
+
+
+def test_a_converted_model_may_be_overwritten(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG, model_safetensors="")
+
+    check_target(out, [], overwrite=True)
+
+    assert names(out) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(None, id="no config"),
+        pytest.param("{}", id="config of something else"),
+        pytest.param("{", id="config that is no JSON"),
+        pytest.param("3", id="config that is a number"),
+        pytest.param("[" * 99999, id="config that is deeply nested"),
+        pytest.param('["speculators_model_type"]', id="config that is a list"),
+        pytest.param('"speculators_model_type"', id="config that is a text"),
+    ],
+)
+def test_a_folder_of_something_else_is_not_overwritten(config: str | None, tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", model_safetensors="years of work", **({"config_json": config} if config else {}))
+
+    with pytest.raises(OutputError, match="out holds something other than a converted model and is not overwritten"):
+        check_target(out, [], overwrite=True)
+
+    assert (out / "model.safetensors").read_text() == "years of work"
+
+
+def test_a_file_beside_a_converted_model_is_not_overwritten(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG, chapter_tex="years of work")
+
+    with pytest.raises(OutputError, match=r"out has chapter\.tex beside a converted model and is not overwritten"):
+        check_target(out, [], overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "source", ["out", "out/source", "out/deep/source", "out/source/model.safetensors", "out/../out/source"]
+)
+def test_a_target_that_is_or_holds_a_source_is_refused(source: str, overwrite: bool, tmp_path: Path) -> None:
+    existing(tmp_path / "out", config_json=CONFIG)
+
+    with pytest.raises(OutputError, match=r"out would replace its own source .*choose another --output-path"):
+        check_target(tmp_path / "out", [tmp_path / "elsewhere", tmp_path / source], overwrite)
+
+
+def test_a_source_is_recognised_behind_a_symbolic_link(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+    (tmp_path / "head").symlink_to(out)
+
+    with pytest.raises(OutputError, match="would replace its own source"):
+        check_target(out, [tmp_path / "head"], overwrite=True)
+
+
+def test_a_name_that_begins_like_the_source_is_another(tmp_path: Path) -> None:
+    check_target(tmp_path / "head", [tmp_path / "head-2"], overwrite=True)
+
+    assert names(tmp_path) == []
