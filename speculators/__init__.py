@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from speculators.hookspecs import hookimpl
     from speculators.plan import Facts, match
     from speculators.registry import Registry
-    from speculators.spec import Context, ConverterSpec, Options
+    from speculators.spec import Alternative, Context, ConverterSpec, Options, Original
     from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
@@ -39,6 +39,7 @@ __version__ = "1.0.0"
 _HOMES = {
     "AlgorithmError": "errors",
     "AlreadyConvertedError": "errors",
+    "Alternative": "spec",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "Context": "spec",
@@ -52,6 +53,7 @@ _HOMES = {
     "MismatchError": "errors",
     "OptionError": "errors",
     "Options": "spec",
+    "Original": "spec",
     "OutputError": "errors",
     "PluginError": "errors",
     "Refuse": "table",
@@ -73,6 +75,7 @@ _HOMES = {
 __all__ = [
     "AlgorithmError",
     "AlreadyConvertedError",
+    "Alternative",
     "Checkpoint",
     "CheckpointError",
     "Context",
@@ -86,6 +89,7 @@ __all__ = [
     "MismatchError",
     "OptionError",
     "Options",
+    "Original",
     "OutputError",
     "PluginError",
     "Refuse",

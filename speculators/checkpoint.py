@@ -125,16 +125,10 @@ class Checkpoint:
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in."""
-        import torch
-
         info = self.tensors[name]
         start, stop = rows or (0, info.shape[0] if info.shape else 1)
         data = self.rows(name, start, stop) if info.shape else self._homes[name].read(name, 0, info.nbytes)
-        dtype = getattr(torch, dtypes.TORCH_NAMES[info.dtype])
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        if not len(data):
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+        return dtypes.tensor(data, info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
 
 
 def read_json(path: Path) -> dict[str, Any]:

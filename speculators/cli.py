@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -75,7 +75,10 @@ Examples:
     "-validate/-no-validate",
     default=True,
     show_default=True,
-    help="Check shapes, structure and forward of the result before it appears.",
+    help="Check the result before it appears.",
+)
+@click.option(
+    "--validate-level", default="forward", show_default=True, help="How far: structure, forward or acceptance."
 )
 @click.option(
     "--algorithm-kwargs",
@@ -94,6 +97,7 @@ def convert(
     output_path: str,
     validate_device: str,
     validate: bool,
+    validate_level: str,
     algorithm_kwargs: dict[str, Any],
     dtype: str | None,
     overwrite: bool,
@@ -108,9 +112,7 @@ def convert(
         raise click.UsageError("MODEL is missing; it is the folder of the draft checkpoint")
     if verifier is None:
         raise click.UsageError("--verifier is missing; it is the folder of the base model that MODEL drafts for")
-    clash = sorted(algorithm_kwargs.keys() & _ARGUMENTS)
-    if clash:
-        raise click.UsageError(f"--algorithm-kwargs holds {', '.join(clash)}, which no algorithm may take")
+    _refuse_clashes(algorithm_kwargs, _CONVERT_ARGUMENTS)
     from speculators.convert import convert_model
 
     result = convert_model(
@@ -120,6 +122,7 @@ def convert(
         output_path=output_path,
         validate_device=validate_device,
         validate=validate,
+        validate_level=validate_level,
         dtype=dtype,
         overwrite=overwrite,
         **algorithm_kwargs,
@@ -131,72 +134,99 @@ def convert(
     epilog="""\b
 Examples:
   speculators validate converted
+  speculators validate converted --source ./EAGLE3-head
   speculators validate converted --level acceptance --prompts prompts.json --device cuda
+  speculators validate converted --diagnose --device cuda
 """
 )
 @click.argument("path")
 @click.option("--verifier", help="Base model; the one that the config of PATH names by default.")
-@click.option("--device", default="cpu", show_default=True, help="Torch device of forward and acceptance.")
-@click.option("--level", default="forward", show_default=True, help="structure, forward or acceptance.")
+@click.option("--source", help="Native checkpoint that PATH was made from; both must compute the same.")
 @click.option(
-    "--prompts", type=click.File("rb"), help="JSON list of prompts, each a list of token ids, for acceptance."
+    "--algorithm-kwargs", type=_JsonObject(), default="{}", help="Options with which --source was converted, as JSON."
 )
+@click.option("--device", default="cpu", show_default=True, help="Torch device of forward and acceptance.")
+@click.option(
+    "--level", help="structure, forward or acceptance; forward by default, acceptance with --prompts or --diagnose."
+)
+@click.option("--prompts", help="File of prompts for acceptance, text or token ids; some are made up by default.")
+@click.option("--diagnose", is_flag=True, help="Find out with which options the checkpoint was trained.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def validate(
-    path: str, verifier: str | None, device: str, level: str, prompts: IO[bytes] | None, as_json: bool
+    path: str,
+    verifier: str | None,
+    source: str | None,
+    algorithm_kwargs: dict[str, Any],
+    device: str,
+    level: str | None,
+    prompts: str | None,
+    diagnose: bool,
+    as_json: bool,
 ) -> None:
     """Check the converted model in the folder PATH: structure, forward, acceptance."""
+    _refuse_clashes(algorithm_kwargs, _VALIDATE_ARGUMENTS)
+    from speculators import prompts as prompting
     from speculators.validation import validate_model
 
     report = validate_model(
-        path, verifier=verifier, device=device, level=level, prompts=_read_prompts(prompts) if prompts else None
+        path,
+        verifier=verifier,
+        source=source,
+        device=device,
+        level=level or ("acceptance" if prompts or diagnose else "forward"),
+        prompts=prompting.read(prompts) if prompts else None,
+        diagnose=diagnose,
+        **algorithm_kwargs,
     )
-    click.echo(_report_as_json(report) if as_json else _printable(_describe_report(report)))
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(_describe_report(report)))
     if not report.passed:
         raise SystemExit(ValidationError.exit_code)
 
 
-def _read_prompts(file: IO[bytes]) -> list[list[int]]:
-    try:
-        content = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"{file.name} is no JSON: {error}") from error
-    prompts = content.get("prompts") if isinstance(content, dict) else content
-    whole = isinstance(prompts, list) and all(isinstance(prompt, list) and prompt for prompt in prompts)
-    if not prompts or not whole or not all(type(token) is int for prompt in prompts for token in prompt):
-        raise click.UsageError(f"{file.name} holds no prompts; expected a JSON list of lists of token ids")
-    return list(prompts)
+BAR = 30
+"""Characters of a bar that stands for everything accepted."""
 
 
-def _describe_report(report: Report) -> str:
-    lines = [f"{'passed' if check.passed else 'FAILED'} {check.name}: {check.detail}" for check in report.checks]
-    if report.acceptance is not None:
-        for position, rate in enumerate(report.acceptance.rates, 1):
-            lines.append(f"    token {position}  {'#' * round(40 * rate):<40}  {rate:.3f}")
-    return "\n".join(lines)
+def _describe_report(report: Report) -> list[str]:
+    width = max(len(check.name) for check in report.checks)
+    lines = []
+    for check in report.checks:
+        verdict = click.style("passed", fg="green") if check.passed else click.style("FAILED", fg="red", bold=True)
+        lines.append(f"{check.name:<{width}}  {verdict}  {_printable(check.detail)}")
+        if check.name == "acceptance" and report.acceptance is not None:
+            for position, rate in enumerate(report.acceptance.rates, 1):
+                lines.append(f"    draft token {position}  {'#' * round(BAR * rate):<{BAR}}  {rate:.3f}")
+        if check.name == "diagnosis":
+            most = max((trial.acceptance.per_step for trial in report.trials), default=0) or 1
+            for trial in report.trials:
+                lines.append(f"    {'#' * round(BAR * trial.acceptance.per_step / most):<{BAR}}  {trial}")
+    failed = [check.name for check in report.checks if not check.passed]
+    lines.append(f"Not fit to serve: {', '.join(failed)} failed" if failed else "Everything that was checked is right")
+    return lines
 
 
-def _report_as_json(report: Report) -> str:
-    from dataclasses import asdict
-
-    facts = {"passed": report.passed, **asdict(report)}
-    if report.acceptance is not None:
-        facts["acceptance"] |= {"rates": report.acceptance.rates, "length": report.acceptance.length}
-    return json.dumps(facts, indent=2)
+def _refuse_clashes(algorithm_kwargs: Mapping[str, Any], arguments: set[str]) -> None:
+    clash = sorted(algorithm_kwargs.keys() & arguments)
+    if clash:
+        raise click.UsageError(f"--algorithm-kwargs holds {', '.join(clash)}, which no algorithm may take")
 
 
-_ARGUMENTS = {
+_CONVERT_ARGUMENTS = {
     "model",
     "verifier",
     "algorithm",
     "output_path",
     "validate_device",
     "validate",
+    "validate_level",
     "dtype",
     "overwrite",
     "registry",
 }
 """Names of `convert_model`'s own arguments."""
+
+_VALIDATE_ARGUMENTS = {"path", "verifier", "source", "device", "level", "prompts", "diagnose", "registry"}
+"""Names of `validate_model`'s own arguments."""
 
 
 def _describe(model: str, result: ConversionResult) -> str:
@@ -207,11 +237,12 @@ def _describe(model: str, result: ConversionResult) -> str:
     lines += _section("left out", result.dropped, ": ")
     lines += _section("completed", result.completed, ": ")
     lines += [f"note: {note}" for note in result.notes]
+    lines = [_printable(line) for line in lines]
     if result.validation is None:
         lines.append("not validated")
     else:
-        lines += [f"checked {check.name}: {check.detail}" for check in result.validation.checks]
-    return _printable("\n".join([*lines, f"Wrote {result.output_path}"]))
+        lines += _describe_report(result.validation)
+    return "\n".join([*lines, f"Wrote {_printable(str(result.output_path))}"])
 
 
 def _section(title: str, entries: Mapping[str, str], arrow: str) -> list[str]:
@@ -221,7 +252,8 @@ def _section(title: str, entries: Mapping[str, str], arrow: str) -> list[str]:
 def _as_json(result: ConversionResult) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {**asdict(result), "output_path": str(result.output_path)}
+    report = result.validation.to_dict() if result.validation else None
+    return {**asdict(result), "output_path": str(result.output_path), "validation": report}
 
 
 def _list_algorithms(as_json: bool) -> None:

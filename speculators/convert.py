@@ -35,6 +35,7 @@ class Conversion:
     Attributes:
         context: What it starts from.
         algorithm: The plugin that does it.
+        facts: What the plugin found out about the source.
         config: The output's config.
         moves: Tensors to write under new names, sorted by them.
         derivations: Tensors to make.
@@ -45,12 +46,18 @@ class Conversion:
 
     context: Context
     algorithm: Algorithm
+    facts: Facts
     config: SpeculatorConfig
     moves: tuple[Move, ...]
     derivations: tuple[Derivation, ...]
     dropped: dict[str, str]
     from_verifier: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Source name → output name, of every tensor that is written."""
+        return {move.source: move.target for move in self.moves}
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def convert_model(
     output_path: str | Path = "converted",
     validate_device: str = "cpu",
     validate: bool = True,
+    validate_level: str = "forward",
     dtype: str | None = None,
     overwrite: bool = False,
     registry: Registry | None = None,
@@ -101,7 +109,8 @@ def convert_model(
         algorithm: Name or alias of an installed algorithm, or ``"auto"`` to let the plugins look.
         output_path: Folder to write.
         validate_device: Torch device on which the converted draft is run.
-        validate: Whether to check structure and forward of the result before it appears.
+        validate: Whether to check the result before it appears.
+        validate_level: How far: ``"structure"``, ``"forward"`` or ``"acceptance"``, each with those before it.
         dtype: Cast floating tensors to this dtype (``"float16"``, …); as stored by default.
         overwrite: Whether to replace a converted model at ``output_path``.
         registry: Where to look for algorithms; the installed plugins by default.
@@ -115,8 +124,9 @@ def convert_model(
     output.check_target(target, (source, local_path(verifier)), overwrite)
     if validate:
         from speculators.draft import find_device
-        from speculators.validation import check
+        from speculators.validation import check, require_level
 
+        require_level(validate_level)
         find_device(validate_device)
     conversion = prepare(
         source,
@@ -131,13 +141,20 @@ def convert_model(
     with output.staged(target, overwrite) as folder:
         write(conversion, folder)
         if validate:
-            report = check(folder, spec, conversion.context.verifier, device=validate_device)
+            report = check(
+                folder,
+                spec,
+                conversion.context.verifier,
+                conversion=conversion,
+                device=validate_device,
+                level=validate_level,
+            )
             report.raise_on_failure()
     return ConversionResult(
         output_path=target,
         algorithm=spec.name,
         package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
-        renamed={move.source: move.target for move in conversion.moves},
+        renamed=conversion.renamed,
         dropped=conversion.dropped,
         completed={made.target: made.row.derive.why for made in conversion.derivations if made.row.derive}
         | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
@@ -184,6 +201,7 @@ def prepare(
     return Conversion(
         context,
         chosen,
+        facts,
         config,
         tuple(sorted((*planned.moves, *compared), key=lambda move: move.target)),
         planned.derivations,
@@ -311,7 +329,7 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
             info = replace(move.info, dtype=wanted)
             yield Payload(move.target, info, partial(_cast_chunks, source, move, wanted))
     for made in conversion.derivations:
-        yield _derive(made, source, wanted)
+        yield _derived_payload(made, source, wanted)
 
 
 def _cast_chunks(source: Checkpoint, move: Move, dtype: str) -> Iterator[bytes]:
@@ -322,14 +340,24 @@ def _cast_chunks(source: Checkpoint, move: Move, dtype: str) -> Iterator[bytes]:
             raise CheckpointError(f"{move.source} cannot be cast to {dtypes.TORCH_NAMES[dtype]}: {error}") from error
 
 
-def _derive(made: Derivation, source: Checkpoint, wanted: str | None) -> Payload:
+def derive(made: Derivation, source: Checkpoint) -> tuple[TensorInfo, bytes]:
+    """Make a tensor that the source lacks, as its row says.
+
+    Raises:
+        PluginError: The row does not say how, or what was made has another size.
+    """
     if made.row.derive is None:
         raise PluginError(f"the row of {made.target!r} does not say how to make it")
     module, _, function = made.row.derive.by.partition(":")
     dtype, data = getattr(importlib.import_module(module), function)(source, made.sources, made.shape)
-    if wanted is not None and dtype in dtypes.FLOATS:
-        dtype, data = wanted, dtypes.cast(data, dtype, wanted)
     info = TensorInfo(dtype, made.shape)
     if info.nbytes != len(data):
         raise PluginError(f"{made.row.derive.by} made {len(data)} bytes for {made.target!r}, expected {info.nbytes}")
+    return info, data
+
+
+def _derived_payload(made: Derivation, source: Checkpoint, wanted: str | None) -> Payload:
+    info, data = derive(made, source)
+    if wanted is not None and info.dtype in dtypes.FLOATS:
+        info, data = TensorInfo(wanted, info.shape), dtypes.cast(data, info.dtype, wanted)
     return Payload(made.target, info, lambda: [data])

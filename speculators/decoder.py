@@ -16,6 +16,7 @@ decide them, and the user is told about every disagreement. Symbols in the shape
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,12 +26,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
-from speculators.config import DecoderLayerConfig, SpeculatorsBlock, TokenProposal, VerifierReference
+from speculators.config import (
+    DecoderLayerConfig,
+    SpeculatorConfig,
+    SpeculatorsBlock,
+    TokenProposal,
+    VerifierReference,
+)
 from speculators.errors import CheckpointError
 from speculators.plan import Facts
-from speculators.rope import legacy_scaling, rope_parameters, serving_positions
-from speculators.spec import Context, Options
+from speculators.rope import DEFAULT_THETA, RENAMED_TYPES, legacy_scaling, rope_parameters, serving_positions
+from speculators.spec import Alternative, Context, Options
 from speculators.table import Drop, Refuse, Rename, Row, Table
+from speculators.verifier import Verifier
 from speculators.weights import TensorInfo
 
 DEFAULT_POSITIONS = 2048
@@ -331,6 +339,81 @@ def layer_config(context: Context, facts: Facts, dtype: str) -> tuple[DecoderLay
         extra["qkv_bias"] = True  # vLLM's Llama layer knows it; LlamaConfig's attention_bias means all four
     layer = DecoderLayerConfig.model_validate(layer.model_dump() | extra)
     return layer, notes + ([note] if note else [])
+
+
+ROTARY_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+"""Keys of a native config that transformers' rotary embedding depends on."""
+
+
+def original_layer(context: Context, facts: Facts) -> DecoderLayerConfig:
+    """Describe a draft's layers as transformers reads the native config; for `ConverterSpec.original`.
+
+    Of what `layer_config` works out only the sizes are taken, which shapes confirm.
+    """
+    from transformers import LlamaConfig
+
+    config, dims = native_config(context), facts.dims
+    positions = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_POSITIONS
+    said = {key: copy.deepcopy(config[key]) for key in ROTARY_KEYS if config.get(key) is not None}
+    said["max_position_embeddings"] = positions
+    if "rope_parameters" in said:
+        said.pop("rope_scaling", None)  # transformers would let the older spelling win
+    for block in (said.get("rope_parameters"), said.get("rope_scaling")):
+        for key in ("type", "rope_type"):
+            if block and block.get(key) in RENAMED_TYPES:
+                block[key] = RENAMED_TYPES[block[key]]
+    rope = dict(LlamaConfig(**said, head_dim=dims["head_dim"]).rope_parameters or {})
+    if (override := getattr(context.options, "rope_theta", None)) is not None:
+        rope["rope_theta"] = override
+    saved = {
+        name.rpartition("_proj.")[0].rpartition(".")[2] for name in context.matching.native if "_proj.bias" in name
+    }
+    layer = DecoderLayerConfig(
+        vocab_size=dims["V"],
+        hidden_size=dims["H"],
+        intermediate_size=dims["I"],
+        num_hidden_layers=dims["L"],
+        num_attention_heads=dims["heads"],
+        num_key_value_heads=dims["kv_heads"],
+        head_dim=dims["head_dim"],
+        hidden_act=config.get("hidden_act") or LlamaConfig.hidden_act,
+        rms_norm_eps=config.get("rms_norm_eps") or LlamaConfig.rms_norm_eps,
+        max_position_embeddings=positions,
+        rope_parameters=rope,
+        rope_theta=rope["rope_theta"],
+        attention_bias="o" in saved,
+        mlp_bias="gate" in saved,
+        dtype="float32",
+    )
+    return layer.model_copy(update={"qkv_bias": "q" in saved})
+
+
+def own_embedding(context: Context) -> str:
+    """Return the source name of a draft's own token embeddings; ``""`` when the verifier's take their place."""
+    if getattr(context.options, "use_verifier_embed_tokens", False):
+        return ""
+    return context.matching.native.get("embed_tokens.weight", "")
+
+
+def rope_alternatives(config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+    """List other rotary bases that a draft may have been trained with: transformers' default and the verifier's."""
+    layer = config.transformer_layer_config
+    theirs = verifier.text.get("rope_theta") or (verifier.text.get("rope_parameters") or {}).get("rope_theta")
+    found = []
+    for base in dict.fromkeys((DEFAULT_THETA, theirs)):
+        if isinstance(base, (int, float)) and base > 0 and base != layer.rope_theta:
+            rope = {**layer.rope_parameters, "rope_theta": float(base)}
+            changed = layer.model_copy(update={"rope_theta": float(base), "rope_parameters": rope})
+            found.append(
+                Alternative("rope_theta", float(base), config.model_copy(update={"transformer_layer_config": changed}))
+            )
+    return found
 
 
 def config_dims(layer: DecoderLayerConfig) -> dict[str, int]:

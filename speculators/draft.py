@@ -1,11 +1,13 @@
-"""A converted draft that runs: the plugin's model filled from the output's own files."""
+"""Drafts that run: a plugin's model filled from files, from an output's or from its source's."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
@@ -13,11 +15,17 @@ from speculators.errors import OptionError, ValidationError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from speculators.config import SpeculatorConfig
+    from speculators.convert import Conversion
+    from speculators.plan import Derivation
     from speculators.spec import ConverterSpec
     from speculators.verifier import Verifier
+
+Built = TypeVar("Built")
 
 ROWS_AT_ONCE = 16384
 """Rows of an LM head that are read and multiplied at a time."""
@@ -25,12 +33,171 @@ ROWS_AT_ONCE = 16384
 SEED = 0
 """Seed of the embeddings that stand in where no file holds any."""
 
+EMBEDDING_SCALE = 0.02
+"""Their standard deviation, that of a freshly initialised Llama (``initializer_range``)."""
+
+
+@dataclass
+class Rows:
+    """A ``[V, H]`` matrix in a checkpoint, of which only what is needed is read.
+
+    Attributes:
+        checkpoint: Where it is stored.
+        name: Its name there.
+        count: How many of its rows are tokens; tables may be padded.
+        rounded: Dtype to which training rounded the rows, if it worked on a rounded copy.
+        held: The whole matrix, once something needs it again and again.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    count: int
+    rounded: torch.dtype | None = None
+    held: Tensor | None = None
+
+    def take(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` ids → ``[B, T, H]`` rows as they are stored, or as training rounded them."""
+        import torch
+
+        if self.held is not None:
+            rows = self.held[ids.to(self.held.device)]
+        else:
+            distinct, positions = torch.unique(ids.cpu(), return_inverse=True)
+            rows = torch.cat([self.checkpoint.tensor(self.name, (row, row + 1)) for row in distinct.tolist()])[
+                positions
+            ]
+        return rows if self.rounded is None else rows.to(self.rounded)
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """``[B, T, H]`` → ``[B, T, V]``, the products with every row in the dtype of ``vectors``."""
+        import torch
+
+        return torch.cat([vectors @ block.to(vectors.device, vectors.dtype).T for block in self._blocks()], dim=-1)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        if self.held is not None:
+            yield self.held[: self.count]
+            return
+        for start in range(0, self.count, ROWS_AT_ONCE):
+            yield self.checkpoint.tensor(self.name, (start, min(start + ROWS_AT_ONCE, self.count)))
+
 
 class Draft:
-    """A converted draft, built on the meta device and filled from files.
+    """A draft model with weights, and what stands around it.
 
-    Token embeddings and LM head come from the verifier where the output leaves them out; only the
-    rows that are used are read.
+    Args:
+        model: What `ConverterSpec.build` or `ConverterSpec.original` built, filled.
+        layers: Which hidden states of the verifier it reads, in order; see `ConverterSpec.state_layers`.
+        embedding: Token embeddings; random ones stand in where no file holds any.
+        head: LM head, if a file holds it.
+        targets: ``[DV]`` verifier's id of each draft token; ``None`` when they are the same.
+        device: Torch device.
+        dtype: Dtype to run in.
+        sources: The model's parameter → native tensor, if that is where its weights come from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: tuple[int, ...],
+        embedding: Rows | None,
+        head: Rows | None,
+        targets: NDArray | None,  # type: ignore[type-arg] # integers of any width
+        device: torch.device,
+        dtype: torch.dtype,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sources = sources or {}
+        self.model = model
+        self.layers = layers
+        self.targets = targets
+        self.device = device
+        self.dtype = dtype
+        self.state_size: int = model.state_size  # type: ignore[assignment]
+        self._embedding = embedding
+        self._head = head
+
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run the draft over whole sequences.
+
+        Args:
+            tokens: ``[B, T]`` ids of the tokens that follow those of ``states``.
+            states: ``[B, T, S]`` hidden states of the verifier, as the algorithm takes them.
+            positions: ``[T]`` positions; 0 … T-1 by default.
+
+        Returns:
+            Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``; no logits when no file holds the LM head.
+        """
+        import torch
+
+        with torch.no_grad():
+            hidden, head_input = self.forward(tokens, self.combine(states), positions)
+            return hidden, self.logits(head_input)
+
+    def combine(self, states: Tensor) -> Tensor:
+        """``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from."""
+        combined: Tensor = self.model.combine(states.to(self.device, self.dtype))  # type: ignore[operator]
+        return combined
+
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[B, T]`` ids and ``[B, T, H]`` states → states to feed back and inputs of the LM head."""
+        import torch
+
+        if positions is None:
+            positions = torch.arange(hidden.shape[1])
+        outputs: tuple[Tensor, Tensor] = self.model(
+            self.embed(tokens, hidden.shape[-1]), hidden, positions.to(self.device)
+        )
+        return outputs
+
+    def embed(self, tokens: Tensor, width: int) -> Tensor:
+        """``[B, T]`` ids → ``[B, T, H]`` embeddings."""
+        import torch
+
+        if self._embedding is None:
+            generator = torch.Generator().manual_seed(SEED)
+            made = torch.randn(*tokens.shape, width, generator=generator) * EMBEDDING_SCALE
+            return made.to(self.device, self.dtype)
+        return self._embedding.take(tokens).to(self.device, self.dtype)
+
+    def logits(self, head_input: Tensor) -> Tensor | None:
+        """``[B, T, H]`` → ``[B, T, DV]``; ``None`` when no file holds the LM head."""
+        return None if self._head is None else self._head.multiply(head_input)
+
+    def target_id(self, token: int) -> int:
+        """Return the verifier's id of a draft token."""
+        return token if self.targets is None else int(self.targets[token])
+
+    def hold(self, verifier: PreTrainedModel, weights: Checkpoint | None) -> None:
+        """Keep embeddings and LM head on the device, for drafting token by token.
+
+        Args:
+            verifier: The loaded base model, whose matrices are used rather than loaded again.
+            weights: Its checkpoint.
+        """
+        loaded = (verifier.get_input_embeddings(), verifier.get_output_embeddings())  # type: ignore[no-untyped-call]
+        for rows, module in zip((self._embedding, self._head), loaded, strict=True):
+            if rows is None:
+                continue
+            if rows.checkpoint is weights and module is not None:
+                rows.held = module.weight.detach()
+            else:
+                rows.held = rows.checkpoint.tensor(rows.name).to(self.device, self.dtype)
+
+
+def of_output(
+    converted: Checkpoint,
+    config: SpeculatorConfig,
+    spec: ConverterSpec,
+    verifier: Verifier,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Draft:
+    """Build the draft that an output describes and fill it from the output's own files.
+
+    Token embeddings and LM head are the verifier's where the output leaves them out.
 
     Args:
         converted: The output.
@@ -42,135 +209,114 @@ class Draft:
 
     Raises:
         OptionError: Torch does not know the device, or cannot use it here.
-        ValidationError: The files do not fill the model exactly.
+        ValidationError: The model cannot be built, or the files do not fill it exactly.
     """
+    outside = {spec.embedding, spec.head, *spec.buffers}
+    place, precision = find_device(device), _torch_dtype(dtype or config.dtype)
+    model = _built("the written config", lambda: spec.build(config))
+    inside = {name: partial(converted.tensor, name) for name in converted.tensors if name not in outside}
+    if left := sorted(inside.keys() - {name for name, _ in model.named_parameters()}):
+        raise ValidationError(f"the output does not fill the draft model: nothing reads {', '.join(left)}")
+    _fill(model, inside, place, precision, "the output")
+    return Draft(
+        model,
+        layers=spec.state_layers(config, verifier.num_layers),
+        embedding=_rows(converted, spec.embedding, verifier, "embed_tokens", spec.copies_embedding),
+        head=_rows(converted, spec.head, verifier, "lm_head"),
+        targets=spec.targets(converted, spec.draft_to_target),
+        device=place,
+        dtype=precision,
+    )
 
-    def __init__(
-        self,
-        converted: Checkpoint,
-        config: SpeculatorConfig,
-        spec: ConverterSpec,
-        verifier: Verifier,
-        *,
-        device: str = "cpu",
-        dtype: str | None = None,
-    ) -> None:
-        import torch
 
-        self._converted = converted
-        self._spec = spec
-        self._verifier = verifier
-        self.device = find_device(device)
-        self.dtype: torch.dtype = getattr(torch, dtype or config.dtype)
-        self.config = config
-        self.model = self._filled()
-        self.state_size: int = self.model.state_size  # type: ignore[assignment]
+def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None = None) -> Draft:
+    """Build the draft that the training code would build, and fill it from the native checkpoint.
 
-    def _filled(self) -> nn.Module:
-        import torch
+    Args:
+        conversion: The conversion whose source is meant.
+        device: Torch device.
+        dtype: Dtype to run in; the dtype of the conversion's output by default.
 
-        try:
-            with torch.device("meta"), _quiet_transformers():
-                model = self._spec.build(self.config)
-        except Exception as error:  # a config can be wrong in more ways than a schema tells
-            raise ValidationError(
-                f"the draft model cannot be built from the written config: {type(error).__name__}: {error}"
-            ) from error
-        outside = {self._spec.embedding, self._spec.head, *self._spec.buffers}
-        inside = [name for name in self._converted.tensors if name not in outside]
-        state = {name: self._converted.tensor(name).to(self.device, self.dtype) for name in inside}
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValidationError(f"the output does not fill the draft model: {error}") from error
-        return model.to(self.device).eval()
+    Raises:
+        OptionError: Torch does not know the device, or cannot use it here.
+        ValidationError: The model cannot be built, or the checkpoint does not fill it exactly.
+    """
+    context, spec = conversion.context, conversion.algorithm.spec
+    place, precision = find_device(device), _torch_dtype(dtype or conversion.config.dtype)
+    original = _built("the native checkpoint", lambda: spec.original(context, conversion.facts))
+    tensors: dict[str, Callable[[], Tensor]] = {
+        made.target: partial(_derived, made, context.source) for made in conversion.derivations
+    }
+    tensors |= {parameter: partial(context.source.tensor, name) for parameter, name in original.names.items()}
+    _fill(original.model, tensors, place, precision, "the native checkpoint")
+    return Draft(
+        original.model,
+        layers=original.state_layers,
+        embedding=_rows(context.source, original.embedding, context.verifier, "embed_tokens", spec.copies_embedding),
+        head=_rows(context.source, original.head, context.verifier, "lm_head"),
+        targets=original.targets,
+        device=place,
+        dtype=precision,
+        sources=original.names,
+    )
 
-    def run(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the draft over whole sequences.
 
-        Args:
-            tokens: ``[B, T]`` ids of the tokens that follow those of ``states``.
-            states: ``[B, T, S]`` hidden states of the verifier, as the algorithm takes them.
+def _derived(made: Derivation, source: Checkpoint) -> Tensor:
+    from speculators.convert import derive
 
-        Returns:
-            Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``; no logits when the LM head is the
-            verifier's and it holds no weights.
-        """
-        import torch
+    info, data = derive(made, source)
+    return dtypes.tensor(data, info.dtype).view(info.shape)
 
-        with torch.no_grad():
-            hidden, head_input = self.forward(tokens, self.combine(states))
-            return hidden, self.logits(head_input)
 
-    def combine(self, states: Tensor) -> Tensor:
-        """``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from."""
-        combined: Tensor = self.model.combine(states.to(self.device, self.dtype))  # type: ignore[operator]
-        return combined
+def _built(described: str, build: Callable[[], Built]) -> Built:
+    import torch
 
-    def forward(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` ids and ``[B, T, H]`` states → states to feed back and inputs of the LM head."""
-        outputs: tuple[Tensor, Tensor] = self.model(self.embed(tokens, hidden.shape[-1]), hidden)
-        return outputs
+    try:
+        with torch.device("meta"), _quiet_transformers():
+            return build()
+    except Exception as error:  # a config can be wrong in more ways than a schema tells
+        raise ValidationError(
+            f"the draft model cannot be built from {described}: {type(error).__name__}: {error}"
+        ) from error
 
-    def state_layers(self, layers: int) -> tuple[int, ...]:
-        """Return which hidden states of a verifier with ``layers`` layers the draft reads."""
-        return self._spec.state_layers(self.config, layers)
 
-    def target_id(self, token: int) -> int:
-        """Return the verifier's id of a draft token."""
-        name = self._spec.draft_to_target
-        if name not in self._converted.tensors:
-            return token
-        return token + int(self._converted.array(name)[token])
+def _fill(
+    model: nn.Module,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    described: str,
+) -> None:
+    """Read each parameter's tensor, one after another; none is invented."""
+    names = [name for name, _ in model.named_parameters()]
+    if missing := sorted(set(names) - tensors.keys()):
+        raise ValidationError(f"{described} does not fill the draft model: it lacks {', '.join(missing)}")
+    try:
+        model.load_state_dict({name: tensors[name]().to(device, dtype) for name in names}, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValidationError(f"{described} does not fill the draft model: {error}") from error
+    model.to(device).eval()
 
-    def embed(self, tokens: Tensor, width: int) -> Tensor:
-        """``[B, T]`` ids → ``[B, T, H]`` embeddings; random ones when no file holds them.
 
-        Where training saves a copy of the verifier's in the draft's dtype, the verifier's are rounded alike.
-        """
-        import torch
+def _rows(own: Checkpoint, name: str, verifier: Verifier, role: str, copied: bool = False) -> Rows | None:
+    if name in own.tensors:
+        return Rows(own, name, own.tensors[name].shape[0])
+    found = verifier.find(role)
+    if found is None or verifier.weights is None:
+        return None
+    return Rows(verifier.weights, found, verifier.vocab_size, _stored_dtype(own) if copied else None)
 
-        home = self._home(self._spec.embedding, "embed_tokens")
-        if home is None:
-            generator = torch.Generator().manual_seed(SEED)
-            return torch.randn(*tokens.shape, width, generator=generator).to(self.device, self.dtype)
-        checkpoint, name = home
-        distinct, positions = torch.unique(tokens, return_inverse=True)
-        rows = torch.cat([checkpoint.tensor(name, (row, row + 1)) for row in distinct.tolist()])
-        if checkpoint is not self._converted and self._spec.copies_embedding:
-            rows = rows.to(self._stored_dtype)
-        return rows[positions].to(self.device, self.dtype)
 
-    @property
-    def _stored_dtype(self) -> torch.dtype:
-        import torch
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in dtypes.FLOATS)
+    return _torch_dtype(dtypes.TORCH_NAMES[stored.most_common(1)[0][0]])
 
-        stored = Counter(info.dtype for info in self._converted.tensors.values() if info.dtype in dtypes.FLOATS)
-        dtype: torch.dtype = getattr(torch, dtypes.TORCH_NAMES[stored.most_common(1)[0][0]])
-        return dtype
 
-    def logits(self, head_input: Tensor) -> Tensor | None:
-        """``[B, T, H]`` → ``[B, T, DV]``; ``None`` when no file holds the LM head."""
-        import torch
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
 
-        home = self._home(self._spec.head, "lm_head")
-        if home is None:
-            return None
-        checkpoint, name = home
-        rows = checkpoint.tensors[name].shape[0]
-        if checkpoint is not self._converted:
-            rows = self._verifier.vocab_size
-        pieces = []
-        for start in range(0, rows, ROWS_AT_ONCE):
-            block = checkpoint.tensor(name, (start, min(start + ROWS_AT_ONCE, rows)))
-            pieces.append(head_input @ block.to(self.device, self.dtype).T)
-        return torch.cat(pieces, dim=-1)
-
-    def _home(self, name: str, role: str) -> tuple[Checkpoint, str] | None:
-        if name in self._converted.tensors:
-            return self._converted, name
-        found = self._verifier.find(role)
-        return (self._verifier.weights, found) if found and self._verifier.weights else None
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 SIZES = {
@@ -81,6 +82,17 @@ def array(data: bytes | memoryview, dtype: str) -> NDArray[Any]:
     if dtype not in _NUMPY:
         raise ValueError(f"{dtype} values cannot be read as numbers")
     return np.frombuffer(data, dtype=_NUMPY[dtype])
+
+
+def tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
+    """Return the bytes as a flat torch tensor, which shares their memory where that may be written."""
+    import torch
+
+    kind = getattr(torch, TORCH_NAMES[dtype])
+    if not len(data):
+        return torch.empty(0, dtype=kind)
+    view = memoryview(data)
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=kind)
 
 
 def cast(data: bytes | memoryview, source: str, target: str) -> bytes:

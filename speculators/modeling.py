@@ -19,7 +19,7 @@ RMSNorm = LlamaRMSNorm
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of the positions ``0 … T-1``, with the config's scaling.
+    """Cosines and sines of positions, with the config's scaling.
 
     Raises:
         KeyError: transformers does not know the scaling type.
@@ -30,10 +30,9 @@ class Rotary(nn.Module):
         with torch.device("cpu"):  # it holds no weights, so it is real even in a model built on meta
             self.embedding = LlamaRotaryEmbedding(_llama(config))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T, *]`` → two tensors ``[1, 1, T, R]`` in the dtype of ``hidden``; R is at most head_dim."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        cos, sin = self.embedding(hidden, positions)
+    def forward(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T]`` positions → two tensors ``[1, 1, T, R]`` in the dtype of ``hidden``; R is at most head_dim."""
+        cos, sin = self.embedding(hidden, positions[None])
         return cos[:, None], sin[:, None]
 
 

@@ -51,6 +51,7 @@ class Matching:
         refused: Source name → reason.
         unmatched: Source names that no row knows.
         doubled: Findings about two source tensors with one target.
+        native: The name that the original code gives a tensor, without prefixes → source name; of all tensors.
     """
 
     moves: Mapping[str, Match]
@@ -58,6 +59,7 @@ class Matching:
     refused: Mapping[str, str]
     unmatched: tuple[str, ...]
     doubled: tuple[str, ...] = ()
+    native: Mapping[str, str] = field(default_factory=dict)
 
     def present(self, part: str) -> bool:
         """Tell whether any tensor of an optional part is there."""
@@ -119,8 +121,10 @@ def match(table: Table, names: Iterable[str]) -> Matching:
     refused: dict[str, str] = {}
     unmatched: list[str] = []
     doubled: list[str] = []
+    native: dict[str, str] = {}
     for name in sorted(names):
         row, numbers = _find(table, name)
+        native[fill(row.name, numbers) if isinstance(row, Rename) else table.spellings(name)[-1]] = name
         if isinstance(row, Refuse):
             refused[name] = row.why
         elif isinstance(row, Drop):
@@ -133,7 +137,7 @@ def match(table: Table, names: Iterable[str]) -> Matching:
                 moves[target] = Match(name, row, numbers)
         else:
             unmatched.append(name)
-    return Matching(moves, dropped, refused, tuple(unmatched), tuple(doubled))
+    return Matching(moves, dropped, refused, tuple(unmatched), tuple(doubled), native)
 
 
 def _find(table: Table, name: str) -> tuple[Refuse | Drop | Rename | None, tuple[int, ...]]:

@@ -47,6 +47,7 @@ from speculators.table import Table
 from speculators.verifier import Verifier
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
 INTERFACE = 1
@@ -93,6 +94,42 @@ class Context:
         """Return the name of the source tensor that becomes ``target``; ``None`` if there is none."""
         found = self.matching.moves.get(target)
         return found.source if found else None
+
+
+@dataclass(frozen=True)
+class Original:
+    """A native checkpoint as its training code would run it, for comparison with the output.
+
+    Attributes:
+        model: A module like the one of `ConverterSpec.build`, with parameter names of its own.
+        names: Its parameter name → the source tensor that belongs there; others may be among them.
+        state_layers: Which hidden states of the verifier it reads; see `ConverterSpec.state_layers`.
+        embedding: Source name of its token embeddings; the verifier's when the source holds none.
+        head: Source name of its LM head; the verifier's when the source holds none.
+        targets: ``[DV]`` verifier's id of each draft token; ``None`` when they are the same.
+    """
+
+    model: nn.Module
+    names: Mapping[str, str]
+    state_layers: tuple[int, ...]
+    embedding: str = ""
+    head: str = ""
+    targets: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A value that an option could have instead, as far as the tensors tell.
+
+    Attributes:
+        option: The option's name.
+        value: The other value.
+        config: The output's config with it; the same tensors must fill it.
+    """
+
+    option: str
+    value: Any
+    config: SpeculatorConfig
 
 
 class ConverterSpec(ABC):
@@ -172,6 +209,50 @@ class ConverterSpec(ABC):
         """
         return (layers,)
 
+    def inspect(self, converted: Checkpoint, config: SpeculatorConfig) -> list[str]:
+        """Find what is wrong with an output although its names, shapes and dtypes are right.
+
+        Read nothing large: this is part of the check that takes milliseconds.
+        """
+        return []
+
+    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+        """List what else the checkpoint may have been trained with, where no tensor shows it.
+
+        A diagnosis measures the acceptance of each in place of what ``config`` says.
+        """
+        return []
+
+    def original(self, context: Context, facts: Facts) -> Original:
+        """Build the source as the training code would, called under ``torch.device("meta")`` like `build`.
+
+        A conversion's output is compared with it, so take nothing from `configure`, `build` or the
+        target side of the table: read the native config, use the names in ``context.matching.native``,
+        and write down the forward of the original code. Left as it is, it runs `build`'s model on the
+        source's tensors, which shows what was lost or damaged on the way but not a wrong row of the
+        table, a wrong config or a wrong forward.
+        """
+        config, _ = self.configure(context, facts)
+        names = {target: found.source for target, found in context.matching.moves.items()}
+        return Original(
+            self.build(config),
+            names,
+            self.state_layers(config, context.verifier.num_layers),
+            names.get(self.embedding, ""),
+            names.get(self.head, ""),
+            self.targets(context.source, names.get(self.draft_to_target, "")),
+        )
+
+    def targets(self, checkpoint: Checkpoint, name: str) -> NDArray[Any] | None:
+        """Return ``[DV]`` verifier's ids of draft tokens from the offsets in tensor ``name``, if it is there."""
+        import numpy as np
+
+        if name not in checkpoint.tensors:
+            return None
+        offsets = checkpoint.array(name)
+        ids: NDArray[Any] = np.arange(len(offsets)) + offsets
+        return ids
+
     @abstractmethod
     def build(self, config: SpeculatorConfig) -> nn.Module:
         """Build the draft model whose forward is the original code's; import torch only here.
@@ -182,8 +263,9 @@ class ConverterSpec(ABC):
         ``combine(states)``
             ``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from.
             Its attribute ``state_size`` is ``S``.
-        ``forward(embeddings, hidden)``
-            ``[B, T, H]`` token embeddings, shifted by one against ``[B, T, H]`` hidden states →
+        ``forward(embeddings, hidden, positions)``
+            ``[B, T, H]`` token embeddings, shifted by one against ``[B, T, H]`` hidden states, and
+            ``[T]`` positions, int64, rising but not always by one →
             ``(hidden, head_input)``, both ``[B, T, H]``: what is fed back for the next draft token,
             and what the LM head is applied to.
         """

@@ -1,36 +1,40 @@
 """Check a converted model at three levels: its structure, its forward, its acceptance.
 
-Nothing is taken from memory: config and tensors are read back from the folder that was written.
+Nothing is taken from memory: config and tensors are read back from the folder that was written. Where
+the source is known, what it computes in its training code's semantics is what the output must compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from speculators import prompts as prompting
 from speculators.checkpoint import Checkpoint, local_path
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import CheckpointError, OptionError, ValidationError
 from speculators.plan import Facts, match, plan
+from speculators.prompts import Prompt
 from speculators.registry import Registry
 from speculators.table import Table
 from speculators.verifier import Verifier
 
 if TYPE_CHECKING:
-    from speculators.acceptance import Acceptance
+    from speculators.acceptance import Acceptance, Continuation
     from speculators.config import SpeculatorConfig
+    from speculators.convert import Conversion
+    from speculators.draft import Draft
+    from speculators.parity import Run
     from speculators.spec import ConverterSpec
 
 LEVELS = ("structure", "forward", "acceptance")
 """What can be checked, each level with those before it."""
 
-BATCH, LENGTH, SEED = 2, 16, 0
-"""The batch of the forward check: random tokens and states, the same ones every time."""
-
-NEW_TOKENS = 48
-"""Tokens that the verifier generates after each prompt of the acceptance check."""
+UNTRAINED = 0.25
+"""A first-position rate above this is never called hopeless, however repetitive the text is."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,31 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """The acceptance that was measured with another value of one option."""
+
+    option: str
+    value: Any
+    acceptance: Acceptance
+
+    def __str__(self) -> str:
+        """Write it as a user would pass it, with the tokens it accepts per step."""
+        return f"{self.option}={json.dumps(self.value)} {self.acceptance.per_step:.2f}"
+
+
+@dataclass(frozen=True)
 class Report:
-    """The outcome of a validation; ``acceptance`` is there when it was measured."""
+    """The outcome of a validation.
+
+    Attributes:
+        checks: Every check that was made, in order.
+        acceptance: What was measured, if it was.
+        trials: What else was measured in a diagnosis.
+    """
 
     checks: tuple[Check, ...]
     acceptance: Acceptance | None = None
+    trials: tuple[Trial, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -64,25 +88,48 @@ class Report:
         if failed:
             raise ValidationError("\n".join(["the converted model failed validation:", *failed]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report in types that JSON knows."""
+
+        def numbers(acceptance: Acceptance) -> dict[str, Any]:
+            return {**vars(acceptance), "rates": acceptance.rates, "length": acceptance.length}
+
+        return {
+            "passed": self.passed,
+            "checks": [vars(check) for check in self.checks],
+            "acceptance": numbers(self.acceptance) if self.acceptance else None,
+            "trials": [
+                {"option": trial.option, "value": trial.value, "acceptance": numbers(trial.acceptance)}
+                for trial in self.trials
+            ],
+        }
+
 
 def validate_model(
     path: str | Path,
     *,
     verifier: str | Path | None = None,
+    source: str | Path | None = None,
     device: str = "cpu",
     level: str = "forward",
-    prompts: Sequence[Sequence[int]] | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    diagnose: bool = False,
     registry: Registry | None = None,
+    **algorithm_kwargs: Any,
 ) -> Report:
     """Check any folder in the speculators format.
 
     Args:
         path: The converted model.
         verifier: Folder of the base model; the one that its config names by default.
+        source: Folder of the native checkpoint that it was made from, to compare what both compute.
         device: Torch device of the forward and acceptance checks.
         level: ``"structure"``, ``"forward"`` or ``"acceptance"``, each with those before it.
-        prompts: Token ids to continue for the acceptance check, which needs them.
+        prompts: Text or token ids to continue for the acceptance check; some are made up by default.
+        diagnose: Whether to measure the acceptance of everything else that the checkpoint may have been
+            trained with; only at the level ``"acceptance"``.
         registry: Where to look for algorithms; the installed plugins by default.
+        **algorithm_kwargs: The options with which ``source`` was converted.
 
     Raises:
         SpeculatorsError: The folder or the verifier cannot be read, or the algorithm is not installed.
@@ -95,11 +142,28 @@ def validate_model(
     block = config.get("speculators_config")
     if not isinstance(block, dict) or not isinstance(block.get("algorithm"), str):
         raise CheckpointError(f"the config of {folder} names no speculators_config.algorithm")
-    spec = (registry or Registry()).get(block["algorithm"]).spec
+    registry = registry or Registry()
+    spec = registry.get(block["algorithm"]).spec
     named = verifier or (block.get("verifier") or {}).get("name_or_path")
     if not named:
         raise CheckpointError(f"the config of {folder} names no verifier; pass --verifier")
-    return check(folder, spec, Verifier(named), device=device, level=level, prompts=prompts)
+    base, conversion = Verifier(named), None
+    if source is not None:
+        from speculators.convert import prepare
+
+        conversion = prepare(
+            local_path(source),
+            base,
+            algorithm=spec.name,
+            dtype=None,
+            registry=registry,
+            algorithm_kwargs=algorithm_kwargs,
+        )
+    elif algorithm_kwargs:
+        raise OptionError("options of the algorithm say how a source was converted; pass the source as well")
+    return check(
+        folder, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
+    )
 
 
 def check(
@@ -107,93 +171,264 @@ def check(
     spec: ConverterSpec,
     verifier: Verifier,
     *,
+    conversion: Conversion | None = None,
     device: str = "cpu",
     level: str = "forward",
-    prompts: Sequence[Sequence[int]] | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    diagnose: bool = False,
 ) -> Report:
-    """Check a converted model in ``folder`` up to ``level``, stopping at the first level that fails."""
-    if level not in LEVELS:
-        raise OptionError(f"validation level {level!r} is none of {', '.join(LEVELS)}")
-    if level == "acceptance" and not prompts:
-        raise OptionError("the acceptance check needs prompts: lists of token ids to continue")
+    """Check a converted model in ``folder`` up to ``level``, stopping at the first level that fails.
+
+    Args:
+        folder: The output.
+        spec: The algorithm that wrote it.
+        verifier: The base model.
+        conversion: What made it, if that is known; its source is then compared with the output.
+        device: Torch device of the forward and acceptance checks.
+        level: One of `LEVELS`.
+        prompts: What to continue for the acceptance check.
+        diagnose: Whether to look for better options at the level ``"acceptance"``.
+
+    Raises:
+        OptionError: There is no such level or device, or a diagnosis was asked for at another level.
+    """
+    require_level(level, diagnose)
     converted = Checkpoint(folder)
     try:
         config = spec.config.model_validate(converted.config)
     except ValueError as error:
         return Report((Check("config", False, str(error).replace("\n", " ")),))
-    checks = check_structure(converted, config, spec, verifier)
-    if level != "structure" and checks[-1].passed:
-        checks.append(check_forward(converted, config, spec, verifier, device))
-    if level == "acceptance" and checks[-1].passed:
-        outcome, acceptance = check_acceptance(converted, config, spec, verifier, device, prompts or ())
-        return Report((*checks, outcome), acceptance)
-    return Report(tuple(checks))
+    output = _Output(converted, config, spec, verifier)
+    checks = [check_structure(output)]
+    if level == "structure" or not checks[-1].passed:
+        return Report(tuple(checks))
+    try:
+        checks += check_forward(output, conversion, device)
+        if level == "forward" or not checks[-1].passed:
+            return Report(tuple(checks))
+        measured = _Measurement(output, device, prompts, diagnose)
+        checks += measured.checks(conversion)
+        return Report(tuple(checks), measured.acceptance, measured.trials)
+    except ValidationError as error:
+        return Report((*checks, Check(level, False, str(error))))
 
 
-def check_structure(
-    converted: Checkpoint, config: SpeculatorConfig, spec: ConverterSpec, verifier: Verifier
-) -> list[Check]:
+def require_level(level: str, diagnose: bool = False) -> None:
+    """Refuse a level that there is not, and a diagnosis without acceptance.
+
+    Raises:
+        OptionError: One of the two.
+    """
+    if level not in LEVELS:
+        raise OptionError(f"validation level {level!r} is none of {', '.join(LEVELS)}")
+    if diagnose and level != "acceptance":
+        raise OptionError(f"a diagnosis compares acceptance; ask for the level 'acceptance', not {level!r}")
+
+
+@dataclass(frozen=True)
+class _Output:
+    converted: Checkpoint
+    config: SpeculatorConfig
+    spec: ConverterSpec
+    verifier: Verifier
+
+    def draft(self, device: str, dtype: str | None = None, config: SpeculatorConfig | None = None) -> Draft:
+        from speculators.draft import of_output
+
+        return of_output(self.converted, config or self.config, self.spec, self.verifier, device=device, dtype=dtype)
+
+
+def check_structure(output: _Output) -> Check:
     """Compare names, shapes and dtypes in the headers with config, table and verifier; needs no torch."""
+    tensors, config, spec, verifier = output.converted.tensors, output.config, output.spec, output.verifier
     table = Table(tuple(row.as_output() for row in spec.table.moving))
-    matching = match(table, converted.tensors)
     facts = Facts(dict(spec.dims(config)), spec.parts(config))
-    planned = plan(table, converted.tensors, matching, facts, verifier.shapes)
+    planned = plan(table, tensors, match(table, tensors), facts, verifier.shapes)
     findings = [*planned.findings, *(f"{name} has no place: {why}" for name, why in planned.dropped.items())]
-    layer = config.transformer_layer_config
-    if layer.vocab_size != verifier.vocab_size:
-        findings.append(f"vocab_size is {layer.vocab_size}, the verifier's {verifier.vocab_size}")
-    detail = f"{len(converted.tensors)} tensors with the names, shapes and dtypes that config.json requires"
-    return [Check("structure", not findings, "; ".join(findings) or detail)]
+    sizes = {
+        "vocab_size": (config.transformer_layer_config.vocab_size, verifier.vocab_size),
+        "target_hidden_size": (config.target_hidden_size or verifier.hidden_size, verifier.hidden_size),
+    }
+    findings += [
+        f"{key} is {said}, the verifier's is {theirs}" for key, (said, theirs) in sizes.items() if said != theirs
+    ]
+    findings = findings or spec.inspect(output.converted, config)
+    detail = f"{len(tensors)} tensors with the names, shapes and dtypes that config.json requires"
+    return Check("structure", not findings, "; ".join(findings) or detail)
 
 
-def check_forward(
-    converted: Checkpoint, config: SpeculatorConfig, spec: ConverterSpec, verifier: Verifier, device: str
-) -> Check:
-    """Run the draft on a random batch in its own dtype: shapes, finite numbers, the same twice."""
+def check_forward(output: _Output, conversion: Conversion | None, device: str) -> list[Check]:
+    """Run the draft in its own dtype: finite numbers, the same twice, and those of its source.
+
+    The drafts are loaded one after the other, so that no more than one is in memory.
+    """
     import torch
 
-    from speculators.draft import Draft
+    from speculators import parity
 
-    draft = Draft(converted, config, spec, verifier, device=device)
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(config.transformer_layer_config.vocab_size, (BATCH, LENGTH), generator=generator)
-    states = torch.randn(BATCH, LENGTH, draft.state_size, generator=generator)
-    first, second = (draft.run(tokens, states) for _ in range(2))
-    named = [("hidden states", first[0], second[0])]
-    if first[1] is not None and second[1] is not None:
-        named.append(("logits", first[1], second[1]))
-    for name, once, again in named:
-        if not torch.isfinite(once).all():
-            return Check("forward", False, f"{name} hold NaN or infinity: the weights or their dtype are unsound")
-        if not torch.equal(once, again):
-            return Check("forward", False, f"{name} differ between two runs on {device}")
-    seen = " and ".join(f"{name} {list(once.shape)}" for name, once, _ in named)
-    unseen = "" if first[1] is not None else "; no logits, as no file holds the LM head"
-    return Check("forward", True, f"{seen} finite and repeatable in {config.dtype} on {device}{unseen}")
+    layer = output.config.transformer_layer_config
+    batches = parity.batches(layer.vocab_size, layer.max_position_embeddings)
+    draft = output.draft(device)
+    runs = [parity.run(draft, batch) for batch in batches]
+    again = parity.run(draft, batches[0])
+    mapped = (draft.layers, draft.targets)
+    del draft
+    named = [("hidden states", run.hidden, again.hidden) for run in runs]
+    named += [("logits", run.logits, again.logits) for run in runs if run.logits is not None]  # type: ignore[misc]
+    for name, values, _ in named:
+        if not torch.isfinite(values).all():
+            detail = f"{name} hold NaN or infinity: the weights or their dtype are unsound"
+            return [Check("forward", False, detail)]
+    if not torch.equal(runs[0].hidden, again.hidden):
+        return [Check("forward", False, f"hidden states differ between two runs on {device}")]
+    logits = runs[0].logits
+    seen = f"hidden states {list(runs[0].hidden.shape)}"
+    seen += "" if logits is None else f" and logits {list(logits.shape)}"
+    unseen = "; no logits, as no file holds the LM head" if logits is None else ""
+    checks = [Check("forward", True, f"{seen} finite and repeatable in {output.config.dtype} on {device}{unseen}")]
+    if conversion is not None:
+        checks.append(_check_parity(runs, mapped, conversion, batches, device))
+    return checks
 
 
-def check_acceptance(
-    converted: Checkpoint,
-    config: SpeculatorConfig,
-    spec: ConverterSpec,
-    verifier: Verifier,
-    device: str,
-    prompts: Sequence[Sequence[int]],
-) -> tuple[Check, Acceptance]:
-    """Run the verifier greedily and count how much of what the draft proposes it accepts.
+def _check_parity(
+    runs: Sequence[Run], mapped: tuple[tuple[int, ...], Any], conversion: Conversion, batches: Any, device: str
+) -> Check:
+    """Compare runs of the output with the same runs of its source, as the training code computes them."""
+    from speculators import parity
+    from speculators.draft import of_source
+
+    source = of_source(conversion, device=device)
+    tolerance = parity.TOLERANCES[conversion.config.dtype]
+    worst, problems = {"hidden states": 0.0, "logits": 0.0}, []
+    if mapped[0] != source.layers:
+        problems.append(
+            f"the output reads the states that enter layers {list(mapped[0])} of the verifier, "
+            f"its source those of {list(source.layers)}"
+        )
+    if lost := parity.count_differences(mapped[1], source.targets):
+        problems.append(f"{lost} draft tokens stand for other tokens of the verifier than in the source")
+    where = ""
+    for run, batch in zip(runs, batches, strict=True):
+        expected = parity.run(source, batch)
+        differences = {"hidden states": parity.relative(run.hidden, expected.hidden)}
+        if run.logits is not None and expected.logits is not None:
+            differences["logits"] = parity.relative(run.logits, expected.logits)
+        worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
+        if not where and max(differences.values()) > tolerance:
+            where = parity.first_difference(run, expected, source.sources, conversion.renamed, tolerance)
+    off = " and ".join(f"{name} by {value:.2g}" for name, value in worst.items() if not value <= tolerance)
+    if off:
+        problems.append(
+            f"{off} of the largest value away from what the source computes (allowed {tolerance:.0e}); {where}"
+        )
+    if problems:
+        return Check("parity", False, "; ".join(problems))
+    exact = " and ".join(f"{name} within {value:.1g}" for name, value in worst.items())
+    return Check("parity", True, f"{exact} of what the source computes (allowed {tolerance:.0e})")
+
+
+class _Measurement:
+    """Acceptance of an output, of its source, and of what else the checkpoint may have been trained with.
 
     Verifier and draft run in the verifier's dtype, as inference engines run them.
     """
-    from speculators.acceptance import measure
-    from speculators.draft import Draft
 
-    model = verifier.load(device)
-    dtype = str(model.dtype).removeprefix("torch.")
-    draft = Draft(converted, config, spec, verifier, device=device, dtype=dtype)
-    depth = config.speculators_config.proposal_methods[0].speculative_tokens
-    acceptance = measure(draft, model, prompts, depth=depth, new_tokens=NEW_TOKENS)
-    rates = " / ".join(f"{rate:.3f}" for rate in acceptance.rates)
-    detail = f"mean acceptance length {acceptance.length:.2f}, rates {rates} over {acceptance.drafts} drafts in {dtype}"
-    if not acceptance.accepted[0]:
-        return Check("acceptance", False, f"{detail}: the verifier accepts nothing that the draft proposes"), acceptance
-    return Check("acceptance", True, detail), acceptance
+    def __init__(self, output: _Output, device: str, prompts: Sequence[Prompt] | None, diagnose: bool) -> None:
+        from speculators.acceptance import continue_prompts
+
+        self.output = output
+        self.device = device
+        self.diagnose = diagnose
+        self.trials: tuple[Trial, ...] = ()
+        given = None if prompts is None else prompting.token_ids(prompts, output.verifier)
+        if given is not None and not given:
+            raise OptionError("the list of prompts is empty; leave it out to have some made up")
+        self.model = output.verifier.load(device)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.depth = output.config.speculators_config.proposal_methods[0].speculative_tokens
+        layers = range(output.verifier.num_layers + 1)
+        self.continuations: list[Continuation] = continue_prompts(
+            self.model, given or prompting.made_up(output.verifier, self.model), layers, depth=self.depth
+        )
+        self.acceptance = self._measure(output.draft(device, self.dtype))
+
+    def _measure(self, draft: Draft) -> Acceptance:
+        from speculators.acceptance import measure
+
+        draft.hold(self.model, self.output.verifier.weights)
+        return measure(draft, self.continuations, depth=self.depth)
+
+    def checks(self, conversion: Conversion | None) -> list[Check]:
+        found = [self._verdict()]
+        if conversion is not None:
+            found.append(self._check_source(conversion))
+        if self.diagnose:
+            found.append(self._check_options())
+        return found
+
+    def _verdict(self) -> Check:
+        measured = self.acceptance
+        rates = " / ".join(f"{rate:.3f}" for rate in measured.rates)
+        detail = (
+            f"each pass of the verifier yields {measured.length:.2f} tokens (mean acceptance length); "
+            f"rates {rates} over {measured.drafts} drafts in {self.dtype}"
+        )
+        if not measured.accepted[0]:
+            return Check("acceptance", False, f"{detail}: the verifier accepts nothing that the draft proposes")
+        floor = min(measured.commonest / measured.drafts, UNTRAINED)
+        if measured.rates[0] < floor:
+            return Check(
+                "acceptance", False, f"{detail}: always proposing the commonest token would do better ({floor:.3f})"
+            )
+        return Check("acceptance", True, detail)
+
+    def _check_source(self, conversion: Conversion) -> Check:
+        from speculators.draft import of_source
+
+        theirs = self._measure(of_source(conversion, device=self.device, dtype=self.dtype))
+        ours = self.acceptance
+        detail = f"the source accepts {list(theirs.accepted)} of {theirs.drafts} drafts"
+        if (theirs.drafts, theirs.accepted) == (ours.drafts, ours.accepted):
+            return Check("acceptance parity", True, f"{detail}, exactly as the output does")
+        return Check("acceptance parity", False, f"{detail}, the output {list(ours.accepted)} of {ours.drafts}")
+
+    def _check_options(self) -> Check:
+        """Change one option after another as long as that is evidently better, and say what came out."""
+        spec, verifier = self.output.spec, self.output.verifier
+        config, best = self.output.config, self.acceptance
+        chosen: dict[str, Any] = {}
+        first: list[Trial] = []
+        while True:
+            trials = []
+            for other in spec.alternatives(config, verifier):
+                if other.option not in chosen:
+                    draft = self.output.draft(self.device, self.dtype, other.config)
+                    trials.append((Trial(other.option, other.value, self._measure(draft)), other.config))
+            first = first or [trial for trial, _ in trials]
+            leading = max(trials, key=lambda trial: trial[0].acceptance.per_step, default=None)
+            if leading is None or not leading[0].acceptance.evidently_better(best):
+                break
+            best, config = leading[0].acceptance, leading[1]
+            chosen[leading[0].option] = leading[0].value
+        self.trials = tuple(first)
+        if chosen:
+            return Check("diagnosis", False, self._advice(chosen, best))
+        return Check("diagnosis", True, self._ranking(first))
+
+    def _advice(self, chosen: Mapping[str, Any], best: Acceptance) -> str:
+        values = ", ".join(f"{option}={json.dumps(value)}" for option, value in chosen.items())
+        return (
+            f"{values} accepts {best.per_step:.2f} tokens per step, as converted {self.acceptance.per_step:.2f}: "
+            f"convert with --algorithm-kwargs '{json.dumps(chosen)}', and correct config.json if it says otherwise"
+        )
+
+    def _ranking(self, trials: Sequence[Trial]) -> str:
+        worse = [trial for trial in trials if self.acceptance.evidently_better(trial.acceptance)]
+        open_ = [trial for trial in trials if trial not in worse]
+        detail = f"as converted {self.acceptance.per_step:.2f} tokens per step"
+        if worse:
+            detail += f"; evidently worse: {', '.join(map(str, worse))}"
+        if open_:
+            detail += f"; no difference to tell: {', '.join(map(str, open_))}"
+        return detail if trials else f"{detail}; there is nothing that tensors leave open"

@@ -92,6 +92,11 @@ class Verifier:
             raise CheckpointError(f"transformers cannot load the verifier {self.name}: {error}") from error
 
     @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self._checkpoint.folder
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the shareable tensors by role, as the config implies them."""
         return dict.fromkeys(SHARED_TENSORS, (self.vocab_size, self.hidden_size))

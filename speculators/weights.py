@@ -86,8 +86,8 @@ class SafetensorsFile:
         """Return bytes ``start`` to ``stop`` of a tensor."""
         offset = self._base + self._offsets[name][0]
         self._file.seek(offset + start)
-        data = self._file.read(stop - start)
-        if len(data) != stop - start:
+        data = bytearray(stop - start)
+        if self._file.readinto(data) != stop - start:
             raise CheckpointError(
                 f"{self.path} ended inside tensor {name!r} while it was read; was it changed meanwhile?"
             )

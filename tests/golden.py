@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators import Checkpoint, Registry, Verifier, convert_model
-from speculators.draft import Draft
+from speculators.draft import Draft, of_output
 
 TOLERANCE = 1e-4
 """Largest difference over the largest value, in float32."""
@@ -21,7 +21,7 @@ def converted_draft(source: Path, folder: Path, verifier: Path = VERIFIER, **opt
     spec = Registry().get(result.algorithm).spec
     converted = Checkpoint(folder)
     config = spec.config.model_validate(converted.config)
-    return Draft(converted, config, spec, Verifier(verifier), dtype="float32")
+    return of_output(converted, config, spec, Verifier(verifier), dtype="float32")
 
 
 def golden(name: str) -> dict[str, Tensor]:

@@ -18,16 +18,19 @@ from pydantic import Field
 
 import speculators
 from speculators import (
+    Alternative,
     Checkpoint,
     Context,
     ConverterSpec,
     Facts,
+    Original,
     Refuse,
     Rename,
     Row,
     Shared,
     SpeculatorConfig,
     Table,
+    Verifier,
     decoder,
     hookimpl,
     match,
@@ -135,6 +138,23 @@ class Eagle(ConverterSpec):
         flags = {"layernorms": own.layernorms, "fusion_bias": own.fusion_bias}
         return frozenset(
             decoder.config_parts(own.transformer_layer_config) | {part for part, on in flags.items() if on}
+        )
+
+    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+        """Other rotary bases."""
+        return decoder.rope_alternatives(config, verifier)
+
+    def original(self, context: Context, facts: Facts) -> Original:
+        """The training code's model; see `speculators_eagle.original`."""
+        from speculators_eagle.original import OriginalEagle
+
+        native = context.matching.native
+        return Original(
+            OriginalEagle(decoder.original_layer(context, facts), native),
+            native,
+            state_layers=(context.verifier.num_layers,),
+            embedding=decoder.own_embedding(context),
+            head=native.get("lm_head.weight", ""),
         )
 
     def build(self, config: SpeculatorConfig) -> nn.Module:

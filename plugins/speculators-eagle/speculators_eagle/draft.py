@@ -40,11 +40,11 @@ class EagleDraft(nn.Module):
         """``[B, T, H]`` last hidden states of the verifier, after its final norm, as they are."""
         return states
 
-    def forward(self, embeddings: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, T, H]`` embeddings and hidden states → hidden states and LM-head inputs ``[B, T, H]``.
 
         Norms come before the fusion, on verifier states and on the draft's own alike.
         """
         fused = self.fusion_fc(torch.cat((self.embedding_layernorm(embeddings), self.hidden_layernorm(hidden)), dim=-1))
-        hidden = self.transformer(fused, fused, self.rotary(fused))
+        hidden = self.transformer(fused, fused, self.rotary(positions, fused))
         return hidden, self.pre_lm_head_layernorm(hidden)

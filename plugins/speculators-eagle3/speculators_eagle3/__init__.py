@@ -17,23 +17,27 @@ from typing_extensions import Self
 
 import speculators
 from speculators import (
+    Alternative,
     Checkpoint,
     Context,
     ConverterSpec,
     Derive,
     Facts,
     Keep,
+    Original,
     Refuse,
     Rename,
     Row,
     Shared,
     SpeculatorConfig,
     Table,
+    Verifier,
     decoder,
     hookimpl,
     match,
 )
 from speculators_eagle3 import facts as eagle3_facts
+from speculators_eagle3 import vocabulary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,6 +224,50 @@ class Eagle3(ConverterSpec):
         """The layers that the config names, else those of the EAGLE-3 authors (``modeling_llama_kv.py``)."""
         ids = cast("Eagle3Config", config).eagle_aux_hidden_state_layer_ids
         return tuple(ids) if ids else (2, layers // 2, layers - 3)
+
+    def inspect(self, converted: Checkpoint, config: SpeculatorConfig) -> list[str]:
+        """Whether the vocabulary maps agree with each other."""
+        if "d2t" not in converted.tensors:
+            return []
+        layer = config.transformer_layer_config
+        return vocabulary.check_maps(
+            converted.array("d2t"), converted.array("t2d"), config.draft_vocab_size, layer.vocab_size
+        )
+
+    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+        """The other side of both flags that no tensor shows, other layers of the verifier, other rotary bases."""
+        own = cast("Eagle3Config", config)
+        flags = [
+            Alternative(name, not getattr(own, name), own.model_copy(update={name: not getattr(own, name)}))
+            for name in ("norm_before_residual", "norm_output")
+        ]
+        current = list(self.state_layers(own, verifier.num_layers))
+        layers = [
+            Alternative(eagle3_facts.LAYER_IDS, ids, own.model_copy(update={eagle3_facts.LAYER_IDS: ids}))
+            for ids in eagle3_facts.other_layer_ids(current, verifier.num_layers)
+        ]
+        return [*flags, *layers, *decoder.rope_alternatives(own, verifier)]
+
+    def original(self, context: Context, facts: Facts) -> Original:
+        """The training code's model; see `speculators_eagle3.original`."""
+        from speculators_eagle3.original import OriginalEagle3, Settings
+
+        native = context.matching.native
+        settings = Settings(
+            state_size=context.verifier.hidden_size,
+            states=facts.dims["naux"],
+            norm_before_residual=eagle3_facts.said(context, "norm_before_residual") is True,
+            norm_output=eagle3_facts.said(context, "norm_output") is True,
+        )
+        layers = context.verifier.num_layers
+        return Original(
+            OriginalEagle3(decoder.original_layer(context, facts), settings, native),
+            native,
+            state_layers=tuple(eagle3_facts.said(context, eagle3_facts.LAYER_IDS) or (2, layers // 2, layers - 3)),
+            embedding=decoder.own_embedding(context),
+            head=native.get("lm_head.weight", ""),
+            targets=vocabulary.original_targets(context.source, native),
+        )
 
     def build(self, config: SpeculatorConfig) -> nn.Module:
         """Build the draft model."""

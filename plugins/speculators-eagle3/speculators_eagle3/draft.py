@@ -74,9 +74,9 @@ class Eagle3Draft(nn.Module):
         hidden: Tensor = self.fc(states)
         return hidden
 
-    def forward(self, embeddings: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, T, H]`` embeddings and hidden states → states to feed back and LM-head inputs ``[B, T, H]``."""
-        rotary = self.rotary(hidden)
+        rotary = self.rotary(positions, hidden)
         for layer in self.layers:
             inputs, residual = layer.prepare(embeddings, hidden)  # type: ignore[operator] # a ModuleList forgets types
             hidden = layer(inputs, residual, rotary)

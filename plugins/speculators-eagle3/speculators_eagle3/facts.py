@@ -78,6 +78,24 @@ def layer_ids(context: Context) -> list[int] | None:
     return _config(context).get(LAYER_IDS) or getattr(context.options, LAYER_IDS) or None
 
 
+def said(context: Context, name: str) -> Any:
+    """Return what a native config, or else the user, says about something that no tensor shows."""
+    return next(iter(decoder.stated(context, name)), getattr(context.options, name))
+
+
+def other_layer_ids(current: list[int], layers: int) -> list[list[int]]:
+    """List what else may feed a head that reads the states ``current`` of a verifier with ``layers`` layers.
+
+    Trainers count inputs or outputs of layers, and some repositories' defaults differ by one: their ids
+    are those of EAGLE's authors (``2, n/2, n-3``), one less or one more.
+    """
+    authors = [2, layers // 2, layers - 3]
+    starts = [current, authors] if len(current) == len(authors) else [current]
+    found = [[number + shift for number in start] for start in starts for shift in (0, -1, 1)]
+    rising = [ids for ids in found if sorted(set(ids)) == ids and ids[0] >= 0 and ids[-1] <= layers]
+    return [ids for position, ids in enumerate(rising) if ids != current and ids not in rising[:position]]
+
+
 def _states(context: Context, config: dict[str, Any], dims: dict[str, int]) -> list[str]:
     verifier = context.verifier
     dims["TH"] = verifier.hidden_size

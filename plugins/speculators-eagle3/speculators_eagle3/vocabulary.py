@@ -6,6 +6,7 @@ verifier's tokens that the draft knows. (SafeAILab/EAGLE ``eagle/traineagle3/cne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ def mask(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> 
     marked = np.zeros(shape, dtype=bool)
     marked[_targets(source.array(names[0]))] = True
     return "BOOL", marked.tobytes()
+
+
+def original_targets(source: Checkpoint, names: Mapping[str, str]) -> NDArray[Any] | None:
+    """Return ``[DV]`` verifier's ids as the original code maps draft tokens; ``None`` without a map.
+
+    ``eagle/model/cnets.py``: ``input_ids = topk_index + self.d2t[topk_index]``.
+    """
+    import numpy as np
+
+    if "d2t" in names:
+        return _targets(source.array(names["d2t"]))
+    if "t2d" in names and (marked := np.flatnonzero(source.array(names["t2d"]))).size:
+        return marked
+    return None
 
 
 ABSOLUTE = "it seems to hold token ids where offsets (id - position) are expected"

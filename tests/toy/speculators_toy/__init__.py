@@ -90,7 +90,7 @@ class Toy(ConverterSpec):
             def combine(self, states: Any) -> Any:
                 return states
 
-            def forward(self, embeddings: Any, hidden: Any) -> Any:
+            def forward(self, embeddings: Any, hidden: Any, positions: Any) -> Any:
                 output = self.linear(torch.cat((embeddings, hidden), dim=-1))
                 return (output.tanh(), output.tanh()) if config.squash else (output, output)
 
