@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from speculators.errors import CheckpointError
 
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
     from speculators.draft import Draft
 
+Item = TypeVar("Item", bound=Sequence[int])
+
 NEW_TOKENS = 48
 """Tokens that the verifier generates after each prompt."""
+
+AT_ONCE = 16
+"""Prompts that are continued or drafted for side by side."""
 
 EVIDENT = 3.0
 """Standard errors by which one way to run a draft must beat another to be evidently better."""
@@ -36,7 +41,7 @@ class Continuation:
     Attributes:
         tokens: Ids of the prompt and of what follows it.
         prompt: How many of them are the prompt's.
-        states: Layer of the verifier → ``[1, T, H]`` hidden states that enter it.
+        states: Layer of the verifier → ``[T, H]`` hidden states that enter it, on the CPU.
     """
 
     tokens: list[int]
@@ -98,9 +103,9 @@ def continue_prompts(
     """
     import torch
 
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=verifier.device)
+    found: list[Continuation] = []
+    for batch in _batches(sorted(prompts, key=len), same_length=True):
+        ids = torch.tensor(batch, device=verifier.device)
         with torch.no_grad():
             output = verifier.generate(  # type: ignore[operator] # torch types every attribute of a module as a tensor
                 ids,
@@ -112,8 +117,21 @@ def continue_prompts(
                 pad_token_id=0,
             )
             every = verifier(output, output_hidden_states=True).hidden_states
-        found.append(Continuation(output[0].tolist(), len(prompt), {layer: every[layer] for layer in layers}))
+        for row, tokens in enumerate(output.tolist()):
+            states = {layer: every[layer][row].cpu() for layer in layers}
+            found.append(Continuation(tokens, ids.shape[1], states))
     return found
+
+
+def _batches(items: Sequence[Item], *, same_length: bool = False) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        if len(batch) == AT_ONCE or (same_length and batch and len(batch[0]) != len(item)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def measure(draft: Draft, continuations: Sequence[Continuation], *, depth: int) -> Acceptance:
@@ -123,37 +141,48 @@ def measure(draft: Draft, continuations: Sequence[Continuation], *, depth: int) 
         draft: The draft.
         continuations: What the verifier generated, with the hidden states that the draft reads.
         depth: Tokens per chain.
-    """
-    import torch
 
+    Raises:
+        CheckpointError: No file holds the LM head.
+    """
     accepted = [0] * depth
-    by_prompt = []
+    by_prompt: list[int] = []
     firsts: Counter[int] = Counter()
-    for continuation in continuations:
-        tokens = continuation.tokens
-        states = torch.cat([continuation.states[layer] for layer in draft.layers], dim=-1)
-        known = continuation.prompt + 1  # prefill yields the first token
-        drafts = 0
-        while known - continuation.prompt < NEW_TOKENS:
-            chain = propose(draft, tokens[:known], states[:, : known - 1], depth)
-            agreed = _agreement(chain, tokens[known : known + depth])
-            firsts[tokens[known]] += 1
-            drafts += 1
-            for position in range(agreed):
-                accepted[position] += 1
-            known += agreed + 1
-        by_prompt.append(drafts)
+    for start in range(0, len(continuations), AT_ONCE):
+        replays = [_Replay(each, each.prompt + 1) for each in continuations[start : start + AT_ONCE]]
+        while running := [replay for replay in replays if replay.known - replay.continuation.prompt < NEW_TOKENS]:
+            chains = propose(draft, [(each.continuation, each.known) for each in running], depth)
+            for replay, chain in zip(running, chains, strict=True):
+                truth = replay.continuation.tokens[replay.known : replay.known + depth]
+                agreed = _agreement(chain, truth)
+                firsts[truth[0]] += 1
+                for position in range(agreed):
+                    accepted[position] += 1
+                replay.drafts += 1
+                replay.known += agreed + 1
+        by_prompt += [replay.drafts for replay in replays]
     ((_, commonest),) = firsts.most_common(1)
     return Acceptance(len(by_prompt), sum(by_prompt), tuple(accepted), commonest, tuple(by_prompt))
 
 
-def propose(draft: Draft, tokens: Sequence[int], states: Tensor, depth: int) -> list[int]:
-    """Propose ``depth`` tokens after ``tokens``, greedily.
+@dataclass
+class _Replay:
+    """How far drafting has come: ``known`` tokens are verified; prefill yields the first."""
+
+    continuation: Continuation
+    known: int
+    drafts: int = 0
+
+
+def propose(draft: Draft, prefixes: Sequence[tuple[Continuation, int]], depth: int) -> list[list[int]]:
+    """Propose ``depth`` tokens after each prefix, greedily.
+
+    Prefixes of different lengths are run side by side, filled up at the end, which no earlier
+    position sees.
 
     Args:
         draft: The draft.
-        tokens: ``T+1`` ids, of which all but the first are embedded.
-        states: ``[1, T, S]`` hidden states of the verifier for all but the last token.
+        prefixes: Continuations, each with how many of its tokens are known.
         depth: Tokens to propose.
 
     Raises:
@@ -161,18 +190,31 @@ def propose(draft: Draft, tokens: Sequence[int], states: Tensor, depth: int) -> 
     """
     import torch
 
-    chain: list[int] = []
+    lengths = torch.tensor([known - 1 for _, known in prefixes])  # the last known token has no state yet
+    rows, longest = torch.arange(len(prefixes)), int(lengths.max())
+    ids = torch.zeros(len(prefixes), longest + depth, dtype=torch.long)
+    states = torch.zeros(len(prefixes), longest, draft.state_size)
+    for row, (continuation, known) in enumerate(prefixes):
+        ids[row, : known - 1] = torch.tensor(continuation.tokens[1:known])
+        chosen = [continuation.states[layer][: known - 1] for layer in draft.layers]
+        states[row, : known - 1] = torch.cat(chosen, dim=-1)
+    chains: list[list[int]] = [[] for _ in prefixes]
     with torch.no_grad():
         hidden = draft.combine(states)
-        for _ in range(depth):
-            ids = torch.tensor([[*tokens[1:], *chain]])
-            fed_back, head_input = draft.forward(ids, hidden)
-            logits = draft.logits(head_input[:, -1:])
+        hidden = torch.cat((hidden, hidden.new_zeros(len(prefixes), depth, hidden.shape[-1])), dim=1)
+        for step in range(depth):
+            width = longest + step
+            fed_back, head_input = draft.forward(ids[:, :width], hidden[:, :width])
+            last = lengths - 1 + step
+            logits = draft.logits(head_input[rows, last])
             if logits is None:
                 raise CheckpointError("neither the draft nor its verifier holds the LM head; acceptance needs it")
-            chain.append(draft.target_id(int(logits.argmax())))
-            hidden = torch.cat((hidden, fed_back[:, -1:]), dim=1)
-    return chain
+            tokens = [draft.target_id(token) for token in logits.argmax(dim=-1).tolist()]
+            for chain, token in zip(chains, tokens, strict=True):
+                chain.append(token)
+            ids[rows, last + 1] = torch.tensor(tokens)
+            hidden[rows, last + 1] = fed_back[rows, last]
+    return chains
 
 
 def _agreement(chain: Sequence[int], truth: Sequence[int]) -> int:

@@ -197,9 +197,10 @@ def _describe_report(report: Report) -> list[str]:
             for position, rate in enumerate(report.acceptance.rates, 1):
                 lines.append(f"    draft token {position}  {'#' * round(BAR * rate):<{BAR}}  {rate:.3f}")
         if check.name == "diagnosis":
-            most = max((trial.acceptance.per_step for trial in report.trials), default=0) or 1
+            most = max((trial.acceptance.per_step for trial in report.trials), default=0) or 1  # not 0 for all
             for trial in report.trials:
-                lines.append(f"    {'#' * round(BAR * trial.acceptance.per_step / most):<{BAR}}  {trial}")
+                named = f"{trial.option}={json.dumps(trial.value)}: {trial.acceptance.per_step:.2f}, {trial.verdict}"
+                lines.append(f"    {'#' * round(BAR * trial.acceptance.per_step / most):<{BAR}}  {named}")
     failed = [check.name for check in report.checks if not check.passed]
     lines.append(f"Not fit to serve: {', '.join(failed)} failed" if failed else "Everything that was checked is right")
     return lines

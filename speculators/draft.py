@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.errors import OptionError, ValidationError
+from speculators.verifier import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class Rows:
         return rows if self.rounded is None else rows.to(self.rounded)
 
     def multiply(self, vectors: Tensor) -> Tensor:
-        """``[B, T, H]`` → ``[B, T, V]``, the products with every row in the dtype of ``vectors``."""
+        """``[..., H]`` → ``[..., V]``, the products with every row in the dtype of ``vectors``."""
         import torch
 
         return torch.cat([vectors @ block.to(vectors.device, vectors.dtype).T for block in self._blocks()], dim=-1)
@@ -162,7 +162,7 @@ class Draft:
         return self._embedding.take(tokens).to(self.device, self.dtype)
 
     def logits(self, head_input: Tensor) -> Tensor | None:
-        """``[B, T, H]`` → ``[B, T, DV]``; ``None`` when no file holds the LM head."""
+        """``[..., H]`` → ``[..., DV]``; ``None`` when no file holds the LM head."""
         return None if self._head is None else self._head.multiply(head_input)
 
     def target_id(self, token: int) -> int:
@@ -272,7 +272,7 @@ def _built(described: str, build: Callable[[], Built]) -> Built:
     import torch
 
     try:
-        with torch.device("meta"), _quiet_transformers():
+        with torch.device("meta"), quiet_transformers():
             return build()
     except Exception as error:  # a config can be wrong in more ways than a schema tells
         raise ValidationError(
@@ -317,21 +317,6 @@ def _torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence remarks about rotary parameters that were checked here or mean nothing to transformers."""
-    import logging
-
-    from transformers.utils import logging as remarks
-
-    before = remarks.get_verbosity()
-    remarks.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        remarks.set_verbosity(before)
 
 
 def find_device(name: str) -> torch.device:

@@ -81,18 +81,28 @@ def run(draft: Draft, batch: Batch) -> Run:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[dict[str, Step]]:
+    import torch
+
     steps: dict[str, Step] = {}
 
     def keep(name: str, weighted: bool, module: nn.Module, inputs: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        steps.setdefault(name, Step(inputs[0], output, weighted))
+        gave = torch.cat([each.flatten() for each in output]) if isinstance(output, tuple) else output
+        steps.setdefault(name, Step(inputs[0], gave, weighted))
 
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            own, inner = list(module.parameters(recurse=False)), list(module.parameters())
-            if own or not inner:  # one step of the forward, rather than a frame around several
-                stack.callback(module.register_forward_hook(partial(keep, name, bool(own))).remove)
+        for name, module, weighted in _steps(model):
+            stack.callback(module.register_forward_hook(partial(keep, name, weighted)).remove)
         yield steps
+
+
+def _steps(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield the modules that compute something themselves, and whether they have tensors."""
+    own = any(True for _ in module.parameters(recurse=False))
+    if own or not any(True for _ in module.parameters()):
+        yield name, module, own
+        return
+    for child, inner in module.named_children():
+        yield from _steps(inner, f"{name}.{child}".lstrip("."))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -134,7 +144,7 @@ def first_difference(
             return f"{where} is fed something else (by {off:.2g}){after}"
         if (off := relative(converted.steps[other].gave, step.gave)) > tolerance:
             return f"{where} makes something else of the same input (by {off:.2g}){after}"
-        agreed = name
+        agreed = where
     return f"all modules agree, so it arises after {agreed}" if agreed else "no module tells where"
 
 

@@ -31,7 +31,7 @@ TEXTS = (
 )
 """Prompts that stand in where none are given: conversation, code, arithmetic, translation."""
 
-SAMPLES, SAMPLE_LENGTH, SEED = 8, 32, 0
+SAMPLES, SAMPLE_LENGTH, SEED = 16, 32, 0
 """Prompts that a verifier without tokenizer makes up itself, their length in tokens, and their seed."""
 
 

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.convert import Conversion
     from speculators.draft import Draft
-    from speculators.parity import Run
-    from speculators.spec import ConverterSpec
+    from speculators.parity import Batch, Run
+    from speculators.spec import Alternative, ConverterSpec
 
 LEVELS = ("structure", "forward", "acceptance")
 """What can be checked, each level with those before it."""
+
+NO_TELLING = "no difference to tell"
+"""The verdict on an alternative that may be as good as what was converted."""
 
 UNTRAINED = 0.25
 """A first-position rate above this is never called hopeless, however repetitive the text is."""
@@ -48,15 +51,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Trial:
-    """The acceptance that was measured with another value of one option."""
+    """The acceptance that was measured with another value of one option, beside that of the output as it is."""
 
     option: str
     value: Any
     acceptance: Acceptance
-
-    def __str__(self) -> str:
-        """Write it as a user would pass it, with the tokens it accepts per step."""
-        return f"{self.option}={json.dumps(self.value)} {self.acceptance.per_step:.2f}"
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class Report:
             "passed": self.passed,
             "checks": [vars(check) for check in self.checks],
             "acceptance": numbers(self.acceptance) if self.acceptance else None,
-            "trials": [
-                {"option": trial.option, "value": trial.value, "acceptance": numbers(trial.acceptance)}
-                for trial in self.trials
-            ],
+            "trials": [vars(trial) | {"acceptance": numbers(trial.acceptance)} for trial in self.trials],
         }
 
 
@@ -287,20 +284,26 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
     unseen = "; no logits, as no file holds the LM head" if logits is None else ""
     checks = [Check("forward", True, f"{seen} finite and repeatable in {output.config.dtype} on {device}{unseen}")]
     if conversion is not None:
-        checks.append(_check_parity(runs, mapped, conversion, batches, device))
+        checks.append(_check_parity(runs, mapped, conversion, batches, device, output.config.dtype))
     return checks
 
 
 def _check_parity(
-    runs: Sequence[Run], mapped: tuple[tuple[int, ...], Any], conversion: Conversion, batches: Any, device: str
+    runs: Sequence[Run],
+    mapped: tuple[tuple[int, ...], Any],
+    conversion: Conversion,
+    batches: Sequence[Batch],
+    device: str,
+    dtype: str,
 ) -> Check:
     """Compare runs of the output with the same runs of its source, as the training code computes them."""
     from speculators import parity
     from speculators.draft import of_source
 
-    source = of_source(conversion, device=device)
-    tolerance = parity.TOLERANCES[conversion.config.dtype]
-    worst, problems = {"hidden states": 0.0, "logits": 0.0}, []
+    source = of_source(conversion, device=device, dtype=dtype)
+    tolerance = parity.TOLERANCES[dtype]
+    worst: dict[str, float] = {}
+    problems = []
     if mapped[0] != source.layers:
         problems.append(
             f"the output reads the states that enter layers {list(mapped[0])} of the verifier, "
@@ -308,15 +311,17 @@ def _check_parity(
         )
     if lost := parity.count_differences(mapped[1], source.targets):
         problems.append(f"{lost} draft tokens stand for other tokens of the verifier than in the source")
-    where = ""
+    where, largest = "", tolerance
     for run, batch in zip(runs, batches, strict=True):
         expected = parity.run(source, batch)
         differences = {"hidden states": parity.relative(run.hidden, expected.hidden)}
         if run.logits is not None and expected.logits is not None:
             differences["logits"] = parity.relative(run.logits, expected.logits)
-        worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
-        if not where and max(differences.values()) > tolerance:
+        worst = {name: max(worst.get(name, 0.0), value) for name, value in differences.items()}
+        if max(differences.values()) > largest:
+            largest = max(differences.values())
             where = parity.first_difference(run, expected, source.sources, conversion.renamed, tolerance)
+    where = where or "NaN or infinity hides where"
     off = " and ".join(f"{name} by {value:.2g}" for name, value in worst.items() if not value <= tolerance)
     if off:
         problems.append(
@@ -324,8 +329,10 @@ def _check_parity(
         )
     if problems:
         return Check("parity", False, "; ".join(problems))
-    exact = " and ".join(f"{name} within {value:.1g}" for name, value in worst.items())
-    return Check("parity", True, f"{exact} of what the source computes (allowed {tolerance:.0e})")
+    if not any(worst.values()):
+        return Check("parity", True, f"{' and '.join(worst)} are exactly what the source computes")
+    close = " and ".join(f"{name} within {value:.1g}" for name, value in worst.items())
+    return Check("parity", True, f"{close} of what the source computes (allowed {tolerance:.0e})")
 
 
 class _Measurement:
@@ -398,23 +405,23 @@ class _Measurement:
         spec, verifier = self.output.spec, self.output.verifier
         config, best = self.output.config, self.acceptance
         chosen: dict[str, Any] = {}
-        first: list[Trial] = []
         while True:
             trials = []
             for other in spec.alternatives(config, verifier):
                 if other.option not in chosen:
                     draft = self.output.draft(self.device, self.dtype, other.config)
-                    trials.append((Trial(other.option, other.value, self._measure(draft)), other.config))
-            first = first or [trial for trial, _ in trials]
-            leading = max(trials, key=lambda trial: trial[0].acceptance.per_step, default=None)
-            if leading is None or not leading[0].acceptance.evidently_better(best):
+                    trials.append((self._measure(draft), other))
+            if not chosen:
+                self.trials = tuple(self._trial(other, measured) for measured, other in trials)
+            better = [trial for trial in trials if trial[0].evidently_better(best)]
+            if not better:
                 break
-            best, config = leading[0].acceptance, leading[1]
-            chosen[leading[0].option] = leading[0].value
-        self.trials = tuple(first)
+            best, leading = max(better, key=lambda trial: trial[0].per_step)
+            config = leading.config
+            chosen[leading.option] = leading.value
         if chosen:
             return Check("diagnosis", False, self._advice(chosen, best))
-        return Check("diagnosis", True, self._ranking(first))
+        return Check("diagnosis", True, self._confirmation())
 
     def _advice(self, chosen: Mapping[str, Any], best: Acceptance) -> str:
         values = ", ".join(f"{option}={json.dumps(value)}" for option, value in chosen.items())
@@ -423,12 +430,17 @@ class _Measurement:
             f"convert with --algorithm-kwargs '{json.dumps(chosen)}', and correct config.json if it says otherwise"
         )
 
-    def _ranking(self, trials: Sequence[Trial]) -> str:
-        worse = [trial for trial in trials if self.acceptance.evidently_better(trial.acceptance)]
-        open_ = [trial for trial in trials if trial not in worse]
-        detail = f"as converted {self.acceptance.per_step:.2f} tokens per step"
-        if worse:
-            detail += f"; evidently worse: {', '.join(map(str, worse))}"
-        if open_:
-            detail += f"; no difference to tell: {', '.join(map(str, open_))}"
-        return detail if trials else f"{detail}; there is nothing that tensors leave open"
+    def _trial(self, other: Alternative, measured: Acceptance) -> Trial:
+        verdict = NO_TELLING
+        if measured.evidently_better(self.acceptance):
+            verdict = "evidently better"
+        elif self.acceptance.evidently_better(measured):
+            verdict = "evidently worse"
+        return Trial(other.option, other.value, measured, verdict)
+
+    def _confirmation(self) -> str:
+        if not self.trials:
+            return "tensors leave nothing open"
+        detail = f"nothing accepts evidently more than as converted, {self.acceptance.per_step:.2f} tokens per step"
+        unclear = any(trial.verdict == NO_TELLING for trial in self.trials)
+        return f"{detail}; more prompts may tell more" if unclear else detail

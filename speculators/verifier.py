@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,8 @@ class Verifier:
         if self.weights is None:
             raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.weights.folder, dtype="auto")
+            with quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.weights.folder, dtype="auto")
             model: PreTrainedModel = loaded.to(device).eval()
             return model
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -128,6 +130,24 @@ class Verifier:
                 f"its config says {list(self.shapes[role])}"
             )
         return name
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars, and remarks about rotary parameters that were checked here."""
+    import logging
+
+    from transformers.utils import logging as remarks
+
+    before, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
+    remarks.set_verbosity(logging.ERROR)
+    remarks.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        remarks.set_verbosity(before)
+        if bars:
+            remarks.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

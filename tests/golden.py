@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators import Checkpoint, Registry, Verifier, convert_model
-from speculators.draft import Draft, of_output
+from speculators.convert import prepare
+from speculators.draft import Draft, of_output, of_source
 
 TOLERANCE = 1e-4
 """Largest difference over the largest value, in float32."""
@@ -22,6 +23,14 @@ def converted_draft(source: Path, folder: Path, verifier: Path = VERIFIER, **opt
     converted = Checkpoint(folder)
     config = spec.config.model_validate(converted.config)
     return of_output(converted, config, spec, Verifier(verifier), dtype="float32")
+
+
+def source_draft(source: Path, verifier: Path = VERIFIER, **options: object) -> Draft:
+    """Load ``source`` as the validation does to compare an output with it, in float32."""
+    conversion = prepare(
+        source, Verifier(verifier), algorithm="auto", dtype=None, registry=Registry(), algorithm_kwargs=options
+    )
+    return of_source(conversion, dtype="float32")
 
 
 def golden(name: str) -> dict[str, Tensor]:
@@ -37,12 +46,13 @@ def difference(found: Tensor | None, expected: Tensor) -> float:
 
 
 def assert_parity(name: str, folder: Path) -> None:
-    """Assert that the converted head computes the original code's hidden states and logits."""
+    """Assert that head and converted head compute the original code's hidden states, logits and tokens."""
     expected = golden(name)
+    for draft in (converted_draft(DATA / name, folder), source_draft(DATA / name)):
+        hidden, logits = draft.run(expected["draft_input_ids"], expected["verifier_hidden_states"])
 
-    hidden, logits = converted_draft(DATA / name, folder).run(
-        expected["draft_input_ids"], expected["verifier_hidden_states"]
-    )
-
-    assert difference(hidden, expected["draft_hidden_states"]) < TOLERANCE
-    assert difference(logits, expected["draft_logits"]) < TOLERANCE
+        assert logits is not None
+        assert difference(hidden, expected["draft_hidden_states"]) < TOLERANCE
+        assert difference(logits, expected["draft_logits"]) < TOLERANCE
+        tokens = [[draft.target_id(token) for token in row] for row in logits.argmax(-1).tolist()]
+        assert tokens == expected["draft_token_ids"].tolist()

@@ -50,8 +50,10 @@ completed:
     embed_tokens.weight: the verifier's embed_tokens is used
     lm_head.weight: the verifier's lm_head is used
 note: config.json names no rope_theta: 10000, the default of the training code, is written
-checked structure: 9 tensors with the names, shapes and dtypes that config.json requires
-checked forward: hidden states [2, 16, 128] and logits [2, 16, 256] finite and repeatable in bfloat16 on cpu
+structure  passed  9 tensors with the names, shapes and dtypes that config.json requires
+forward    passed  hidden states [1, 16, 128] and logits [1, 16, 256] finite and repeatable in bfloat16 on cpu
+parity     passed  hidden states and logits are exactly what the source computes
+Everything that was checked is right
 Wrote {tmp_path / "out"}
 """
     )
@@ -63,7 +65,8 @@ def test_convert_prints_its_result_as_json(tmp_path: Path) -> None:
     facts = json.loads(result.output)
     assert facts["algorithm"] == "eagle3"
     assert facts["renamed"]["midlayer.mlp.up_proj.weight"] == "layers.0.mlp.up_proj.weight"
-    assert [check["passed"] for check in facts["validation"]["checks"]] == [True, True]
+    assert [check["name"] for check in facts["validation"]["checks"]] == ["structure", "forward", "parity"]
+    assert facts["validation"]["passed"] is True
 
 
 def test_options_of_the_algorithm_arrive(tmp_path: Path) -> None:
@@ -75,7 +78,12 @@ def test_options_of_the_algorithm_arrive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--validate", "-validate"])
 def test_validation_can_be_asked_for_in_both_spellings(flag: str, tmp_path: Path) -> None:
-    assert "checked forward" in convert(tmp_path, flag).output
+    assert "\nforward    passed  hidden states" in convert(tmp_path, flag).output
+
+
+def test_a_level_of_validation_can_be_asked_for(tmp_path: Path) -> None:
+    assert "forward  " not in convert(tmp_path, "--validate-level", "structure").output
+    assert convert(tmp_path, "--validate-level", "all", "--overwrite").exit_code == 2
 
 
 @pytest.mark.parametrize("flag", ["--no-validate", "-no-validate"])

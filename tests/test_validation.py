@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from checkpoints import DATA, TRAINED, VERIFIER, read_tensors
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from speculators import AlgorithmError, CheckpointError, OptionError, convert_model, validate_model
+from speculators import AlgorithmError, CheckpointError, OptionError, Verifier, convert_model, validate_model
+from speculators import prompts as prompting
 from speculators.cli import cli
 
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
 
 
@@ -88,19 +91,184 @@ def test_acceptance_equals_the_counts_of_the_original_code(converted: Path) -> N
     assert report.acceptance.length == pytest.approx(expected["mean_acceptance_length"], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_folder_is_compared_with_the_source_that_it_was_made_from(name: str, tmp_path: Path) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out", validate=False)
+
+    report = validate_model(tmp_path / "out", source=DATA / name, level="acceptance", prompts=PROMPTS[:2])
+
+    assert [check.name for check in report.checks] == [
+        "structure",
+        "forward",
+        "parity",
+        "acceptance",
+        "acceptance parity",
+    ]
+    assert report.passed
+    assert report.checks[2].detail == "hidden states and logits are exactly what the source computes"
+    assert "exactly as the output does" in report.checks[4].detail
+
+
+def test_one_changed_weight_shows_beside_the_source(converted: Path) -> None:
+    weight = read_tensors(converted)["norm.weight"]
+    weight[7] *= 2
+    change_tensors(converted, norm__weight=weight)
+
+    assert validate_model(converted).passed
+    report = validate_model(converted, source=DATA / "eagle3")
+
+    assert [check.name for check in report.checks if not check.passed] == ["parity"]
+    assert "norm makes something else of the same input" in report.checks[-1].detail
+
+
+def test_options_of_the_conversion_belong_to_its_source(converted: Path) -> None:
+    change_config(converted, norm_before_residual=True)
+
+    assert not validate_model(converted, source=DATA / "eagle3").passed
+    assert validate_model(converted, source=DATA / "eagle3", norm_before_residual=True).passed
+    with pytest.raises(OptionError, match="pass the source as well"):
+        validate_model(converted, norm_before_residual=True)
+
+
+def test_a_cast_output_is_compared_in_the_dtype_that_it_has(tmp_path: Path) -> None:
+    convert_model(DATA / "hass-layernorms", verifier=VERIFIER, output_path=tmp_path / "out", dtype="bfloat16")
+
+    report = validate_model(tmp_path / "out", source=DATA / "hass-layernorms")
+
+    assert report.checks[1].detail.endswith("finite and repeatable in bfloat16 on cpu")
+    assert report.checks[2].detail == "hidden states and logits are exactly what the source computes"
+
+
+def permuted_map(folder: Path) -> dict[str, torch.Tensor | None]:
+    """A vocabulary map that leads every draft token to the next one's target."""
+    targets = torch.arange(64) + read_tensors(folder)["d2t"]
+    return {"d2t": targets.roll(1) - torch.arange(64)}
+
+
 def test_a_draft_of_which_nothing_is_accepted_fails(converted: Path) -> None:
-    offsets = torch.zeros(64, dtype=torch.long)
-    change_tensors(converted, d2t=offsets)
+    change_tensors(converted, **permuted_map(converted))
 
     report = validate_model(converted, level="acceptance", prompts=PROMPTS[:2])
 
-    assert not report.passed
+    assert [check.passed for check in report.checks] == [True, True, False]
     assert "accepts nothing that the draft proposes" in report.checks[-1].detail
 
 
-def test_acceptance_needs_prompts(converted: Path) -> None:
-    with pytest.raises(OptionError, match="needs prompts"):
-        validate_model(converted, level="acceptance")
+def test_a_draft_that_does_worse_than_one_token_for_all_fails(tmp_path: Path) -> None:
+    convert_model(DATA / "eagle1-no-bias", verifier=VERIFIER, output_path=tmp_path / "out")
+    shape = (128, 256)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    change_tensors(tmp_path / "out", fusion_fc__weight=noise)
+
+    report = validate_model(tmp_path / "out", level="acceptance", prompts=PROMPTS[:16])
+
+    assert not report.passed
+    assert "always proposing the commonest token would do better" in report.checks[-1].detail
+
+
+def test_without_prompts_the_verifier_makes_some_up_and_they_are_always_the_same(converted: Path) -> None:
+    torch.manual_seed(1)
+    once = validate_model(converted, level="acceptance").acceptance
+    state = torch.random.get_rng_state()
+    again = validate_model(converted, level="acceptance").acceptance
+
+    assert once is not None
+    assert once == again
+    assert once.prompts == 16
+    assert once.length > 3
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.fixture
+def speaking(tmp_path: Path) -> Path:
+    """The verifier with a tokenizer whose ids are bytes, as those that it was trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path / "speaking"
+    shutil.copytree(VERIFIER, folder, ignore=shutil.ignore_patterns("golden"))
+    characters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_text_goes_through_the_tokenizer_of_the_verifier(converted: Path, speaking: Path) -> None:
+    texts = [bytes(prompt).decode() for prompt in PROMPTS[:4]]
+
+    by_text = validate_model(converted, verifier=speaking, level="acceptance", prompts=texts).acceptance
+    by_ids = validate_model(converted, level="acceptance", prompts=PROMPTS[:4]).acceptance
+
+    assert by_text == by_ids
+
+
+def test_a_chat_template_is_used_where_there_is_one(speaking: Path) -> None:
+    template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
+    (speaking / "chat_template.jinja").write_text(template)
+
+    assert prompting.token_ids(["abc", [1, 2]], Verifier(speaking)) == [list(b"<abc>:"), [1, 2]]
+
+
+def test_bundled_text_stands_in_for_prompts_where_there_is_a_tokenizer(converted: Path, speaking: Path) -> None:
+    report = validate_model(converted, verifier=speaking, level="acceptance")
+
+    assert report.acceptance is not None
+    assert report.acceptance.prompts == len(prompting.TEXTS)
+
+
+def test_text_for_a_verifier_without_tokenizer_is_refused(converted: Path) -> None:
+    with pytest.raises(OptionError, match="has no tokenizer; give lists of token ids"):
+        validate_model(converted, level="acceptance", prompts=["def f():"])
+    with pytest.raises(OptionError, match="a prompt holds token 256, the verifier's vocabulary ends at 256"):
+        validate_model(converted, level="acceptance", prompts=[[256]])
+    with pytest.raises(OptionError, match="list of prompts is empty"):
+        validate_model(converted, level="acceptance", prompts=[])
+
+
+def test_the_diagnosis_confirms_what_is_right(converted: Path) -> None:
+    report = validate_model(converted, level="acceptance", prompts=PROMPTS, diagnose=True)
+
+    assert report.passed
+    assert {(trial.option, str(trial.value)): trial.verdict for trial in report.trials} == {
+        ("norm_before_residual", "True"): "evidently worse",
+        ("norm_output", "True"): "evidently worse",
+        (LAYER_IDS, "[1, 3, 4]"): "evidently worse",
+        (LAYER_IDS, "[3, 5, 6]"): "evidently worse",
+    }
+    assert "nothing accepts evidently more than as converted, 2.29 tokens per step" in report.checks[-1].detail
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        pytest.param({"norm_before_residual": True}, {"norm_before_residual": False}, id="residual"),
+        pytest.param({LAYER_IDS: [3, 5, 6]}, {LAYER_IDS: [2, 4, 5]}, id="layers"),
+        pytest.param(
+            {"norm_before_residual": True, LAYER_IDS: [3, 5, 6]},
+            {"norm_before_residual": False, LAYER_IDS: [2, 4, 5]},
+            id="two at once",
+        ),
+    ],
+)
+def test_the_diagnosis_finds_what_the_head_was_trained_with(
+    wrong: dict[str, Any], right: dict[str, Any], tmp_path: Path
+) -> None:
+    convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", **wrong)
+
+    report = validate_model(tmp_path / "out", level="acceptance", prompts=PROMPTS, diagnose=True)
+
+    assert not report.passed
+    detail = report.checks[-1].detail
+    assert "accepts 2.29 tokens per step, as converted" in detail
+    assert json.loads(detail.split("'")[1]) == right
+
+
+def test_a_diagnosis_needs_acceptance(converted: Path) -> None:
+    with pytest.raises(OptionError, match="ask for the level 'acceptance', not 'forward'"):
+        validate_model(converted, diagnose=True)
 
 
 def test_what_cannot_be_checked_is_an_error(converted: Path) -> None:
@@ -120,7 +288,8 @@ def test_the_command_prints_a_verdict_and_sets_the_exit_code(converted: Path) ->
 
     assert passed.exit_code == 0
     assert passed.output == (
-        "passed structure: 15 tensors with the names, shapes and dtypes that config.json requires\n"
+        "structure  passed  15 tensors with the names, shapes and dtypes that config.json requires\n"
+        "Everything that was checked is right\n"
     )
     assert failed.exit_code == 4
     assert json.loads(failed.output)["passed"] is False
@@ -134,11 +303,37 @@ def test_the_command_draws_acceptance_by_position(converted: Path, tmp_path: Pat
     )
 
     assert result.exit_code == 0
-    assert "passed acceptance: mean acceptance length" in result.output
-    assert "    token 1  ####" in result.output
+    assert "acceptance  passed  each pass of the verifier yields 3." in result.output
+    assert "    draft token 1  ####" in result.output
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '["text"]', "[[1.5]]", '{"prompts": [[]]}'])
+def test_the_command_reports_a_diagnosis(converted: Path) -> None:
+    change_config(converted, norm_before_residual=True)
+
+    result = CliRunner().invoke(cli, ["validate", str(converted), "--diagnose"])
+    facts = json.loads(CliRunner().invoke(cli, ["validate", str(converted), "--diagnose", "--json"]).output)
+
+    assert result.exit_code == 4
+    assert "diagnosis   FAILED  norm_before_residual=false accepts 2." in result.output
+    assert "norm_before_residual=false: 2." in result.output
+    assert "Not fit to serve: diagnosis failed" in result.output
+    assert facts["trials"][0]["verdict"] == "evidently better"
+    assert facts["trials"][0]["acceptance"]["length"] > 3
+
+
+def test_the_command_compares_with_a_source(converted: Path) -> None:
+    arguments = ["validate", str(converted), "--source", str(DATA / "eagle3"), "--algorithm-kwargs"]
+
+    right = CliRunner().invoke(cli, [*arguments, "{}"])
+    wrong = CliRunner().invoke(cli, [*arguments, '{"norm_output": true}'])
+    clash = CliRunner().invoke(cli, [*arguments, '{"level": "structure"}'])
+
+    assert "parity     passed  hidden states and logits are exactly" in right.output
+    assert "parity     FAILED  hidden states by" in wrong.output
+    assert (right.exit_code, wrong.exit_code, clash.exit_code) == (0, 4, 2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '[""]', "[[1.5]]", '{"prompts": [[]]}'])
 def test_prompts_of_another_kind_are_refused(content: str, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(content)
 
