@@ -229,7 +229,7 @@ def test_text_for_a_verifier_without_tokenizer_is_refused(converted: Path) -> No
 
 
 def test_the_diagnosis_confirms_what_is_right(converted: Path) -> None:
-    report = validate_model(converted, level="acceptance", prompts=PROMPTS, diagnose=True)
+    report = validate_model(converted, level="acceptance", prompts=PROMPTS[:32], diagnose=True)
 
     assert report.passed
     assert {(trial.option, str(trial.value)): trial.verdict for trial in report.trials} == {
@@ -258,7 +258,7 @@ def test_the_diagnosis_finds_what_the_head_was_trained_with(
 ) -> None:
     convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", **wrong)
 
-    report = validate_model(tmp_path / "out", level="acceptance", prompts=PROMPTS, diagnose=True)
+    report = validate_model(tmp_path / "out", level="acceptance", prompts=PROMPTS[:32], diagnose=True)
 
     assert not report.passed
     detail = report.checks[-1].detail
