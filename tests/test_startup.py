@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from checkpoints import DATA, VERIFIER
 
 import speculators
+from speculators import convert_model
 
 HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
@@ -27,6 +30,16 @@ def test_help_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
 
     assert "speculators.cli" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_checking_the_structure_imports_no_torch(tmp_path: Path) -> None:
+    convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", validate=False)
+    arguments = ["validate", str(tmp_path / "out"), "--level", "structure"]
+
+    loaded = modules_after(f"from speculators.cli import cli\ncli({arguments!r}, standalone_mode=False)")
+
+    assert "speculators.validation" in loaded
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_importing_the_package_imports_none_of_its_dependencies() -> None:
