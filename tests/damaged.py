@@ -19,7 +19,6 @@ from speculators_eagle import Eagle
 from speculators_eagle.draft import EagleDraft
 from speculators_eagle3 import Eagle3
 from speculators_eagle3.draft import Eagle3Draft
-from speculators_hass import Hass
 
 
 @dataclass
@@ -179,15 +178,15 @@ EAGLE = {
     "rope_base": layers_configured(Eagle, rope(5e5)),
 }
 HASS = {
-    "all_three_layernorms_ignored": dropped(Hass, *LAYERNORMS),
-    "lm_head_layernorm_ignored": built(Hass, without("pre_lm_head_layernorm")),
-    "embed_layernorm_ignored": built(Hass, without("embedding_layernorm")),
-    "hidden_layernorm_ignored": built(Hass, without("hidden_layernorm")),
-    "hidden_layernorm_after_fc": built(Hass, HiddenLayernormAfterFusion),
-    "hidden_layernorm_used_as_decoder_input_layernorm": built(Hass, HiddenLayernormOnLayer),
-    "embed_layernorm_after_fc_and_hidden_layernorm_ignored": built(Hass, EmbedLayernormAfterFusion),
-    "unit_input_layernorm_added": built(Hass, UnitInputLayernorm),
-    "token_ids_not_shifted": built(Hass, NotShifted),
+    "all_three_layernorms_ignored": dropped(Eagle, *LAYERNORMS),
+    "lm_head_layernorm_ignored": built(Eagle, without("pre_lm_head_layernorm")),
+    "embed_layernorm_ignored": built(Eagle, without("embedding_layernorm")),
+    "hidden_layernorm_ignored": built(Eagle, without("hidden_layernorm")),
+    "hidden_layernorm_after_fc": built(Eagle, HiddenLayernormAfterFusion),
+    "hidden_layernorm_used_as_decoder_input_layernorm": built(Eagle, HiddenLayernormOnLayer),
+    "embed_layernorm_after_fc_and_hidden_layernorm_ignored": built(Eagle, EmbedLayernormAfterFusion),
+    "unit_input_layernorm_added": built(Eagle, UnitInputLayernorm),
+    "token_ids_not_shifted": built(Eagle, NotShifted),
 }
 EAGLE3 = {
     "d2t_ignored": replaced(Eagle3, draft_to_target=""),
@@ -205,3 +204,12 @@ EAGLE3 = {
     "rope_base": layers_configured(Eagle3, rope(5e5)),
     "norm_epsilon": layers_configured(Eagle3, lambda layer: {"rms_norm_eps": 1e-3}),
 }
+
+SPECS = {
+    "eagle1-fc-bias": EAGLE,
+    "eagle1-no-bias": EAGLE,
+    "hass-fc-bias": EAGLE,
+    "hass-layernorms": HASS,
+    "eagle3": EAGLE3,
+}
+"""Trained checkpoint → damage → converter."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import DATA, VERIFIER, Copy
-from damaged import AUX, EAGLE, EAGLE3, HASS, configured, dropped, layers_configured, registry, rope
+from damaged import AUX, SPECS, configured, dropped, layers_configured, registry, rope
 
 from speculators import ConverterSpec, ValidationError, convert_model
 from speculators_eagle import Eagle
@@ -63,14 +63,6 @@ FOUND = {
     },
 }
 """Checkpoint → damage → what the comparison with the source says about it."""
-
-SPECS = {
-    "eagle1-fc-bias": EAGLE,
-    "eagle1-no-bias": EAGLE,
-    "hass-fc-bias": EAGLE,
-    "hass-layernorms": HASS,
-    "eagle3": EAGLE3,
-}
 
 
 @pytest.mark.parametrize("name", FOUND)

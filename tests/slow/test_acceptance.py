@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import DATA, TRAINED, VERIFIER, Copy
+from checkpoints import DATA, TRAINED, VERIFIER
+from damaged import SPECS, registry
 
-from speculators import convert_model, validate_model
+from speculators import Registry, convert_model, validate_model
 
 PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
-NORMS = ("embed_layernorm.weight", "hidden_layernorm.weight", "lm_head_layernorm.weight")
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 pytestmark = pytest.mark.slow
 
 
-def measured(folder: Path, prompts: int) -> tuple[int, list[int]]:
-    acceptance = validate_model(folder, level="acceptance", prompts=PROMPTS[:prompts]).acceptance
+def measured(folder: Path, prompts: int, plugins: Registry | None = None) -> tuple[int, list[int]]:
+    acceptance = validate_model(folder, level="acceptance", prompts=PROMPTS[:prompts], registry=plugins).acceptance
     assert acceptance is not None
     return acceptance.drafts, list(acceptance.accepted)
 
@@ -37,18 +36,25 @@ def test_a_converted_head_is_accepted_as_the_original_was(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "mistake", "source", "options"),
+    ("name", "mistake"),
     [
-        ("eagle1-fc-bias", "fc_bias_dropped", {"tensors": {"fc.bias": None}}, {}),
-        ("hass-fc-bias", "fc_bias_dropped", {"tensors": {"fc.bias": None}}, {}),
-        ("hass-layernorms", "all_three_layernorms_ignored", {"tensors": dict.fromkeys(NORMS)}, {}),
-        ("eagle3", "aux_states_taken_one_layer_late", {}, {LAYER_IDS: [3, 5, 6]}),
+        (name, mistake)
+        for name, specs in SPECS.items()
+        for mistake in expected(name)["wrong"]
+        if mistake in specs and mistake != "token_ids_not_shifted"  # damaged alike but for the first token
     ],
 )
-def test_a_mistake_costs_what_it_cost_the_original(
-    name: str, mistake: str, source: dict[str, Any], options: dict[str, Any], variant: Copy, tmp_path: Path
-) -> None:
-    convert_model(variant(name, **source), verifier=VERIFIER, output_path=tmp_path / "out", **options)
+def test_a_mistake_costs_what_it_cost_the_original(name: str, mistake: str, tmp_path: Path) -> None:
+    spec = SPECS[name][mistake]
+    plugins = registry(spec)
+    convert_model(
+        DATA / name,
+        algorithm=spec.name,
+        verifier=VERIFIER,
+        output_path=tmp_path / "out",
+        registry=plugins,
+        validate=False,
+    )
     wrong = expected(name)["wrong"][mistake]
 
-    assert measured(tmp_path / "out", wrong["prompts"]) == (wrong["drafts"], wrong["accepted_per_position"])
+    assert measured(tmp_path / "out", wrong["prompts"], plugins) == (wrong["drafts"], wrong["accepted_per_position"])
