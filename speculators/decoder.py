@@ -35,7 +35,14 @@ from speculators.config import (
 )
 from speculators.errors import CheckpointError
 from speculators.plan import Facts
-from speculators.rope import DEFAULT_THETA, RENAMED_TYPES, legacy_scaling, rope_parameters, serving_positions
+from speculators.rope import (
+    DEFAULT_THETA,
+    EXTENDING_TYPES,
+    RENAMED_TYPES,
+    legacy_scaling,
+    rope_parameters,
+    serving_positions,
+)
 from speculators.spec import Alternative, Context, Options
 from speculators.table import Drop, Refuse, Rename, Row, Table
 from speculators.verifier import Verifier
@@ -362,12 +369,14 @@ def original_layer(context: Context, facts: Facts) -> DecoderLayerConfig:
     positions = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_POSITIONS
     said = {key: copy.deepcopy(config[key]) for key in ROTARY_KEYS if config.get(key) is not None}
     said["max_position_embeddings"] = positions
-    if "rope_parameters" in said:
-        said.pop("rope_scaling", None)  # transformers would let the older spelling win
-    for block in (said.get("rope_parameters"), said.get("rope_scaling")):
-        for key in ("type", "rope_type"):
-            if block and block.get(key) in RENAMED_TYPES:
-                block[key] = RENAMED_TYPES[block[key]]
+    # transformers would drop one of two spellings, an outer original_max_position_embeddings and a missing factor.
+    block = {"original_max_position_embeddings": said.pop("original_max_position_embeddings", None)}
+    block |= said.pop("rope_scaling", {}) | said.pop("rope_parameters", {})
+    kind = block.pop("type", None) or "default"
+    kind = block["rope_type"] = RENAMED_TYPES.get(block.get("rope_type") or kind, block.get("rope_type") or kind)
+    if kind in EXTENDING_TYPES and block["original_max_position_embeddings"]:
+        block.setdefault("factor", positions / block["original_max_position_embeddings"])
+    said["rope_parameters"] = {key: value for key, value in block.items() if value is not None}
     rope = dict(LlamaConfig(**said, head_dim=dims["head_dim"]).rope_parameters or {})
     if (override := getattr(context.options, "rope_theta", None)) is not None:
         rope["rope_theta"] = override

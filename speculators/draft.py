@@ -304,12 +304,13 @@ def _rows(own: Checkpoint, name: str, verifier: Verifier, role: str, copied: boo
     found = verifier.find(role)
     if found is None or verifier.weights is None:
         return None
-    return Rows(verifier.weights, found, verifier.vocab_size, _stored_dtype(own) if copied else None)
+    return Rows(verifier.weights, found, verifier.vocab_size, _torch_dtype(stored_dtype(own)) if copied else None)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of most floating tensors of a checkpoint, in torch's spelling."""
     stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in dtypes.FLOATS)
-    return _torch_dtype(dtypes.TORCH_NAMES[stored.most_common(1)[0][0]])
+    return dtypes.TORCH_NAMES[stored.most_common(1)[0][0]]
 
 
 def _torch_dtype(name: str) -> torch.dtype:

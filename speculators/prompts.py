@@ -48,7 +48,8 @@ def read(path: str | Path) -> list[Prompt]:
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{path} is no JSON: {error}") from error
+        kind = "JSON" if path.suffix == ".json" else "text"
+        raise OptionError(f"{path} is no valid {kind}: {error}") from error
     prompts = content.get("prompts") if isinstance(content, dict) else content
     if not isinstance(prompts, list) or not prompts or not all(map(_is_prompt, prompts)):
         raise OptionError(f"{path} holds no prompts; expected a JSON list of strings or of lists of token ids")

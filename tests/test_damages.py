@@ -152,6 +152,36 @@ def test_what_only_some_checkpoints_have_is_not_lost(
     assert message in str(caught.value)
 
 
+LONG = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+
+
+@pytest.mark.parametrize("name", ["eagle1-fc-bias", "eagle3"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5e5}, id="linear"),
+        pytest.param({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 64}, id="dynamic"),
+        pytest.param({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 128}}, id="yarn"),
+        pytest.param({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, id="yarn without positions"),
+        pytest.param({"rope_scaling": SCALING | {"original_max_position_embeddings": 64}}, id="llama3"),
+        pytest.param({"rope_scaling": {"type": "su"} | LONG, "original_max_position_embeddings": 64}, id="longrope"),
+        pytest.param({"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}, id="mrope"),
+        pytest.param({"partial_rotary_factor": 0.5}, id="partial"),
+        pytest.param({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, id="new spelling"),
+        pytest.param(
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_theta": 5e5}}, id="both"
+        ),
+    ],
+)
+def test_right_rotary_parameters_raise_no_alarm(
+    name: str, config: dict[str, object], variant: Copy, tmp_path: Path
+) -> None:
+    result = convert_model(variant(name, config=config), verifier=VERIFIER, output_path=tmp_path / "out")
+
+    assert result.validation is not None
+    assert result.validation.checks[-1].detail == "hidden states and logits are exactly what the source computes"
+
+
 def test_a_failed_comparison_leaves_what_stood_there(tmp_path: Path) -> None:
     convert_model(DATA / "eagle1-fc-bias", verifier=VERIFIER, output_path=tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}

@@ -70,6 +70,22 @@ def test_a_damaged_output_fails_by_name(
     assert finding in report.checks[-1].detail
 
 
+def test_a_file_that_was_cut_short_is_an_error_and_not_a_pass(converted: Path) -> None:
+    content = (converted / "model.safetensors").read_bytes()
+    (converted / "model.safetensors").write_bytes(content[:-1])
+
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
+        validate_model(converted, level="structure")
+
+
+def test_maps_that_disagree_fail_the_structure(converted: Path) -> None:
+    change_tensors(converted, t2d=read_tensors(converted)["t2d"].roll(1))
+
+    report = validate_model(converted, level="structure")
+
+    assert "d2t and t2d disagree about" in report.checks[-1].detail
+
+
 def test_weights_that_compute_nan_fail_the_forward(converted: Path) -> None:
     change_tensors(converted, norm__weight=torch.full((128,), float("nan")).half())
 
@@ -137,6 +153,14 @@ def test_a_cast_output_is_compared_in_the_dtype_that_it_has(tmp_path: Path) -> N
 
     assert report.checks[1].detail.endswith("finite and repeatable in bfloat16 on cpu")
     assert report.checks[2].detail == "hidden states and logits are exactly what the source computes"
+
+
+@pytest.mark.parametrize("name", ["eagle1-fc-bias", "eagle1-no-bias", "hass-fc-bias"])
+def test_rounded_embeddings_that_are_shared_unrounded_stay_within_their_rounding(name: str, tmp_path: Path) -> None:
+    result = convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out", dtype="float32")
+
+    assert result.validation is not None
+    assert "of what the source computes (allowed 2e-0" in result.validation.checks[-1].detail
 
 
 def permuted_map(folder: Path) -> dict[str, torch.Tensor | None]:

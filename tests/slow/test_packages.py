@@ -80,7 +80,7 @@ def test_a_stranger_adds_an_algorithm_and_ours_come_and_go(
         "--algorithm-kwargs", '{"squash": true}',
     )  # fmt: skip
     assert f"Converted {source} with toy (speculators-toy 0.3.0)" in printed
-    assert "checked forward: hidden states [2, 16, 128] and logits [2, 16, 256] finite" in printed
+    assert "parity     passed  hidden states and logits are exactly what the source computes" in printed
     assert json.loads((tmp_path / "out" / "config.json").read_text())["squash"] is True
 
     run(pip, "install", "-q", packages["speculators-eagle"]["wheel"], packages["speculators-hass"]["sdist"])
