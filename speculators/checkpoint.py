@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, weights
 from speculators.errors import CheckpointError
-from speculators.weights import PickleFile, SafetensorsFile, TensorInfo, WeightFile
+from speculators.weights import Extent, PickleFile, SafetensorsFile, TensorInfo, WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,10 @@ class Checkpoint:
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor, piece by piece."""
         return weights.chunks(self._homes[name], name)
+
+    def extent(self, name: str) -> Extent | None:
+        """Return where a file holds a tensor's bytes in one piece, if one does."""
+        return self._homes[name].extent(name)
 
     def rows(self, name: str, start: int, stop: int) -> memoryview:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor."""

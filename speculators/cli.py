@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ import speculators
 from speculators.errors import SpeculatorsError, ValidationError
 
 if TYPE_CHECKING:
-    from speculators.convert import ConversionResult
+    from speculators.convert import ConversionResult, Progress
     from speculators.registry import Algorithm, Registry
     from speculators.validation import Report
 
@@ -87,6 +89,8 @@ Examples:
     help="Options of the algorithm as a JSON object; --list-algorithms shows them.",
 )
 @click.option("--dtype", help="Cast floating tensors, e.g. to float16; as stored by default.")
+@click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
+@click.option("--quiet", is_flag=True, help="Show no progress, which a terminal shows by default.")
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
 @click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list, or the result, as JSON.")
@@ -100,6 +104,8 @@ def convert(
     validate_level: str,
     algorithm_kwargs: dict[str, Any],
     dtype: str | None,
+    max_shard_size: str | None,
+    quiet: bool,
     overwrite: bool,
     list_algorithms: bool,
     as_json: bool,
@@ -115,19 +121,43 @@ def convert(
     _refuse_clashes(algorithm_kwargs, _CONVERT_ARGUMENTS)
     from speculators.convert import convert_model
 
-    result = convert_model(
-        model,
-        verifier=verifier,
-        algorithm=algorithm,
-        output_path=output_path,
-        validate_device=validate_device,
-        validate=validate,
-        validate_level=validate_level,
-        dtype=dtype,
-        overwrite=overwrite,
-        **algorithm_kwargs,
-    )
+    with _progress(quiet) as progress:
+        result = convert_model(
+            model,
+            verifier=verifier,
+            algorithm=algorithm,
+            output_path=output_path,
+            validate_device=validate_device,
+            validate=validate,
+            validate_level=validate_level,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+            **algorithm_kwargs,
+        )
     click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(model, result))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """Show bytes, rate and time left on a terminal; nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("writing")
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @cli.command(
@@ -221,7 +251,9 @@ _CONVERT_ARGUMENTS = {
     "validate",
     "validate_level",
     "dtype",
+    "max_shard_size",
     "overwrite",
+    "progress",
     "registry",
 }
 """Names of `convert_model`'s own arguments."""

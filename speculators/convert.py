@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,13 @@ from speculators.plan import Comparison, Derivation, Facts, Move, Plan, match, p
 from speculators.registry import Algorithm, Registry
 from speculators.spec import Context
 from speculators.verifier import Verifier
-from speculators.weights import CHUNK, TensorInfo
+from speculators.weights import CHUNK, Extent, TensorInfo
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.validation import Report
+
+Progress = Callable[[int, int], object]
 
 AUTO = "auto"
 """The algorithm name that asks the installed plugins to recognise the checkpoint."""
@@ -96,7 +100,9 @@ def convert_model(
     validate: bool = True,
     validate_level: str = "forward",
     dtype: str | None = None,
+    max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
 ) -> ConversionResult:
@@ -112,7 +118,9 @@ def convert_model(
         validate: Whether to check the result before it appears.
         validate_level: How far: ``"structure"``, ``"forward"`` or ``"acceptance"``, each with those before it.
         dtype: Cast floating tensors to this dtype (``"float16"``, …); as stored by default.
+        max_shard_size: Most bytes of tensors per file (``"5GB"``); one file by default.
         overwrite: Whether to replace a converted model at ``output_path``.
+        progress: Called with the bytes written so far and those of all tensors.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
 
@@ -122,6 +130,7 @@ def convert_model(
     """
     target, source = local_path(output_path), local_path(model)
     output.check_target(target, (source, local_path(verifier)), overwrite)
+    shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     if validate:
         from speculators.draft import find_device
         from speculators.validation import check, require_level
@@ -139,7 +148,7 @@ def convert_model(
     spec = conversion.algorithm.spec
     report = None
     with output.staged(target, overwrite) as folder:
-        write(conversion, folder)
+        write(conversion, folder, max_shard_size=shard_size, progress=progress)
         if validate:
             report = check(
                 folder,
@@ -195,7 +204,6 @@ def prepare(
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )
-    source.verify()
     compared, dropped, notes = settle(planned, context)
     config, more = spec.configure(context, facts)
     return Conversion(
@@ -312,10 +320,51 @@ def _difference(comparison: Comparison, context: Context) -> str | None:
     return None
 
 
-def write(conversion: Conversion, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` of a prepared conversion into ``folder``."""
+def write(
+    conversion: Conversion,
+    folder: Path,
+    *,
+    max_shard_size: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write config and weights of a prepared conversion into ``folder``.
+
+    Args:
+        conversion: What to write.
+        folder: Where to write.
+        max_shard_size: Bytes of tensors per file; one file by default.
+        progress: Called with the bytes written so far and those of all tensors.
+
+    Raises:
+        CheckpointError: The source was damaged, which its checksums show, or changed meanwhile.
+    """
+    payloads = list(_payloads(conversion))
+    total, done = sum(payload.info.nbytes for payload in payloads), 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
-    output.write_safetensors(folder / output.WEIGHTS_FILE, _payloads(conversion))
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        verified = beside.submit(conversion.context.source.verify)
+        output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
+        verified.result()
+
+
+def parse_size(size: str | int) -> int:
+    """Return a number of bytes: ``5_000_000_000``, ``"5GB"`` or ``"500MB"``, in powers of 1000 as on the Hub.
+
+    Raises:
+        OptionError: It is no size, or zero.
+    """
+    found = re.fullmatch(r"(\d+) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
+    count = int(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper()) if found else 0
+    if not count:
+        raise OptionError(f"{size!r} is no size of a shard; write it as '5GB' or '500MB'")
+    return count
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:
@@ -324,12 +373,17 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
     for move in conversion.moves:
         stored = move.info.dtype
         if wanted is None or stored not in dtypes.FLOATS or stored == wanted:
-            yield Payload(move.target, move.info, partial(source.chunks, move.source))
+            yield Payload(move.target, move.info, partial(_stored_chunks, source, move.source))
         else:
             info = replace(move.info, dtype=wanted)
             yield Payload(move.target, info, partial(_cast_chunks, source, move, wanted))
     for made in conversion.derivations:
         yield _derived_payload(made, source, wanted)
+
+
+def _stored_chunks(source: Checkpoint, name: str) -> Iterable[bytes | memoryview | Extent]:
+    extent = source.extent(name)
+    return source.chunks(name) if extent is None else [extent]
 
 
 def _cast_chunks(source: Checkpoint, move: Move, dtype: str) -> Iterator[bytes]:

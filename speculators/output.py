@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO, RawIOBase
 from pathlib import Path
 
 from speculators import dtypes
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import OutputError
-from speculators.weights import TensorInfo
+from speculators.errors import CheckpointError, OutputError
+from speculators.weights import CHUNK, Extent, TensorInfo
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_NAME = "model-{number:05}-of-{count:05}.safetensors"
+OWN_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Every file that a conversion may write; nothing else is ever replaced."""
+
+COPY = 64 << 20
+"""Bytes that the kernel is asked to copy at a time."""
+
+Report = Callable[[int], object]
+
+
+def _unheard(count: int) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Payload:
 
     name: str
     info: TensorInfo
-    chunks: Callable[[], Iterable[bytes | memoryview]]
+    chunks: Callable[[], Iterable[bytes | memoryview | Extent]]
 
 
 def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
@@ -63,7 +78,7 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{path} exists and is not empty; choose another --output-path or pass --overwrite")
-    others = [name for name in found if name not in (CONFIG_FILE, WEIGHTS_FILE)]
+    others = [name for name in found if not OWN_FILES.fullmatch(name)]
     if others:
         raise OutputError(
             f"{path} has {', '.join(others[:3])} beside a converted model and is not overwritten; move it away first"
@@ -147,16 +162,51 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_safetensors(path: Path, payloads: Iterable[Payload]) -> None:
-    """Write tensors as one safetensors file with the ``format: pt`` metadata that loaders ask for.
+def write_safetensors(
+    folder: Path, payloads: Iterable[Payload], *, max_shard_size: int | None = None, report: Report = _unheard
+) -> None:
+    """Write tensors as one safetensors file, or as shards with an index, as the Hugging Face Hub names them.
 
-    Wide dtypes come first, so that every tensor is aligned, then names in order: the same tensors
-    give the same bytes.
+    Files carry the ``format: pt`` metadata that loaders ask for. Wide dtypes come first, so that every
+    tensor is aligned, then names in order: the same tensors give the same bytes.
+
+    Args:
+        folder: Where to write.
+        payloads: The tensors.
+        max_shard_size: Bytes of tensors per file; a larger tensor has a file of its own. One file by default.
+        report: Called with the number of bytes each time some were written.
     """
     ordered = sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
+    shards = _shards(ordered, max_shard_size)
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS_FILE, shards[0], report)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SHARD_NAME.format(number=number, count=len(shards))
+        _write_file(folder / name, shard, report)
+        weight_map |= {payload.name: name for payload in shard}
+    total = sum(payload.info.nbytes for payload in ordered)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shards(payloads: list[Payload], limit: int | None) -> list[list[Payload]]:
+    shards: list[list[Payload]] = [[]]
+    size = 0
+    for payload in payloads:
+        if limit is not None and shards[-1] and size + payload.info.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(payload)
+        size += payload.info.nbytes
+    return shards
+
+
+def _write_file(path: Path, payloads: list[Payload], report: Report) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for payload in ordered:
+    for payload in payloads:
         end = offset + payload.info.nbytes
         header[payload.name] = {
             "dtype": payload.info.dtype,
@@ -166,14 +216,47 @@ def write_safetensors(path: Path, payloads: Iterable[Payload]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for payload in ordered:
+    with path.open("wb", buffering=0) as file:
+        _write(file, struct.pack("<Q", len(text)) + text)
+        for payload in payloads:
             start = file.tell()
             for chunk in payload.chunks():
-                file.write(chunk)
+                if isinstance(chunk, Extent):
+                    _copy(chunk, file, report)
+                else:
+                    _write(file, chunk)
+                    report(len(chunk))
             if file.tell() - start != payload.info.nbytes:
                 raise RuntimeError(
                     f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}"
                 )
+
+
+def _write(file: RawIOBase, data: bytes | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _copy(extent: Extent, target: FileIO, report: Report) -> None:
+    """Append a stretch of another file, in the kernel where it can."""
+    with extent.path.open("rb", buffering=0) as source:
+        position, end = extent.start, extent.start + extent.size
+        while position < end:
+            copied = _copy_range(source, target, position, min(end - position, COPY))
+            if not copied:
+                raise CheckpointError(f"{extent.path} ended while it was read; was it changed meanwhile?")
+            position += copied
+            report(copied)
+
+
+def _copy_range(source: FileIO, target: FileIO, position: int, size: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        # Not every pair of filesystems can; what they answer differs between kernels.
+        with suppress(OSError):
+            if copied := os.copy_file_range(source.fileno(), target.fileno(), size, offset_src=position):
+                return copied
+    source.seek(position)
+    data = source.read(min(size, CHUNK))
+    _write(target, data)
+    return len(data)

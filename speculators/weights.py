@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,6 +47,15 @@ class TensorInfo:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
+@dataclass(frozen=True)
+class Extent:
+    """A stretch of a file that holds exactly a tensor's bytes, so that they can be copied unread."""
+
+    path: Path
+    start: int
+    size: int
+
+
 class WeightFile(Protocol):
     """One opened weight file."""
 
@@ -60,6 +69,9 @@ class WeightFile(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor, in row-major little-endian order."""
+
+    def extent(self, name: str) -> Extent | None:
+        """Return where the file holds a tensor's bytes in one piece and in order, if it does."""
 
     def verify(self) -> None:
         """Compare the file with the checksums that it holds, if its format has any."""
@@ -92,6 +104,11 @@ class SafetensorsFile:
                 f"{self.path} ended inside tensor {name!r} while it was read; was it changed meanwhile?"
             )
         return memoryview(data)
+
+    def extent(self, name: str) -> Extent:
+        """Return where the file holds a tensor's bytes."""
+        start, stop = self._offsets[name]
+        return Extent(self.path, self._base + start, stop - start)
 
     def verify(self) -> None:
         """Do nothing: the format has no checksums."""
@@ -151,6 +168,7 @@ class PickleFile:
         self.path = path
         self._tensors = _load_pickle(path)
         self.tensors = {name: _describe(tensor, name, path) for name, tensor in self._tensors.items()}
+        self._base = _mapping_base(path, self._tensors.values()) if _is_zip(path) else None
         self._flat: tuple[str, memoryview] | None = None
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
@@ -161,6 +179,13 @@ class PickleFile:
             flat = self._tensors[name].resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
             self._flat = (name, flat.data)
         return self._flat[1][start:stop]
+
+    def extent(self, name: str) -> Extent | None:
+        """Return where the file holds a tensor's bytes; ``None`` for a strided one, or an old file."""
+        tensor = self._tensors[name]
+        if self._base is None or not tensor.is_contiguous() or tensor.is_neg():
+            return None
+        return Extent(self.path, tensor.data_ptr() - self._base, self.tensors[name].nbytes)
 
     def verify(self) -> None:
         """Check the checksums of a zip file, which torch does not look at when it maps one.
@@ -208,6 +233,28 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             "Save the module's state_dict() by itself."
         )
     return {str(name): tensor.detach() for name, tensor in content.items()}
+
+
+def _mapping_base(path: Path, tensors: Iterable[torch.Tensor]) -> int | None:
+    """Return the address at which torch has mapped a zip file, if every storage then lies where an entry does."""
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    if not pointers:
+        return None
+    starts = _entry_starts(path)
+    bases = (min(pointers) - start for start in sorted(starts))
+    return next((base for base in bases if all(pointer - base in starts for pointer in pointers)), None)
+
+
+def _entry_starts(path: Path) -> set[int]:
+    """List where the content of each stored entry of a zip file begins (APPNOTE 4.3.7)."""
+    starts = set()
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if entry.compress_type == zipfile.ZIP_STORED:
+                file.seek(entry.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                starts.add(entry.header_offset + 30 + name + extra)
+    return starts
 
 
 def _is_zip(path: Path) -> bool:

@@ -59,11 +59,11 @@ def existing(folder: Path, **files: str) -> Path:
 
 
 def test_a_written_file_is_read_back_by_the_safetensors_library(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "x.safetensors", [payload(*entry) for entry in MIXED])
+    write_safetensors(tmp_path, [payload(*entry) for entry in MIXED])
 
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    found = load_file(tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in found.items()} == {
         "flags": (torch.bool, [True, False, True]),
         "wide": (torch.int64, [7]),
@@ -76,16 +76,18 @@ def test_a_written_file_is_read_back_by_the_safetensors_library(tmp_path: Path) 
 
 
 def test_a_file_without_tensors_is_readable_too(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "x.safetensors", [])
+    write_safetensors(tmp_path, [])
 
-    assert load_file(tmp_path / "x.safetensors") == {}
+    assert load_file(tmp_path / "model.safetensors") == {}
 
 
 def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "x.safetensors", [payload(*entry) for entry in MIXED])
-    write_safetensors(tmp_path / "y.safetensors", [payload(*entry) for entry in reversed(MIXED)])
+    for folder, entries in (("one", MIXED), ("other", MIXED[::-1])):
+        (tmp_path / folder).mkdir()
+        write_safetensors(tmp_path / folder, [payload(*entry) for entry in entries])
 
-    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+    one, other = (tmp_path / folder / "model.safetensors" for folder in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("length", range(1, 9))
@@ -93,9 +95,9 @@ def test_every_tensor_is_aligned_to_its_dtype(length: int, tmp_path: Path) -> No
     sizes = {"I64": 8, "F32": 4, "BF16": 2, "BOOL": 1}
     entries = [payload(dtype.lower() * length, dtype, (3,), bytes(3 * size)) for dtype, size in sizes.items()]
 
-    write_safetensors(tmp_path / "x.safetensors", entries[::-1])
+    write_safetensors(tmp_path, entries[::-1])
 
-    data = (tmp_path / "x.safetensors").read_bytes()
+    data = (tmp_path / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     assert {
@@ -106,11 +108,9 @@ def test_every_tensor_is_aligned_to_its_dtype(length: int, tmp_path: Path) -> No
 
 
 def test_the_layout_of_a_file(tmp_path: Path) -> None:
-    write_safetensors(
-        tmp_path / "x.safetensors", [payload("bb", "U8", (2,), b"\3", b"\4"), payload("a", "U8", (1,), b"\2")]
-    )
+    write_safetensors(tmp_path, [payload("bb", "U8", (2,), b"\3", b"\4"), payload("a", "U8", (1,), b"\2")])
 
-    assert (tmp_path / "x.safetensors").read_bytes() == (
+    assert (tmp_path / "model.safetensors").read_bytes() == (
         b"\x90\0\0\0\0\0\0\0"
         b'{"__metadata__":{"format":"pt"},'
         b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
@@ -123,14 +123,14 @@ def test_the_layout_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunks", [(b"\1",), (b"\1\2", b"\3")], ids=["too few", "too many"])
 def test_bytes_that_do_not_fill_their_tensor_are_a_bug(chunks: tuple[bytes, ...], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected"):
-        write_safetensors(tmp_path / "x.safetensors", [payload("a", "U8", (2,), *chunks)])
+        write_safetensors(tmp_path, [payload("a", "U8", (2,), *chunks)])
 
 
 def test_bytes_that_spill_into_the_next_tensor_are_a_bug(tmp_path: Path) -> None:
     tensors = [payload("a", "U8", (2,), b"\1"), payload("b", "U8", (2,), b"\2\3\4")]
 
     with pytest.raises(RuntimeError, match="expected"):
-        write_safetensors(tmp_path / "x.safetensors", tensors)
+        write_safetensors(tmp_path, tensors)
 
 
 def test_a_staged_folder_is_published_when_its_block_ends(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_an_output_has_the_permissions_that_the_umask_leaves(
     os.umask(mask)
 
     with staged(tmp_path / "out") as folder:
-        write_safetensors(folder / "model.safetensors", [])
+        write_safetensors(folder, [])
 
     assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == file_mode
