@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, weights
+from speculators import dtypes
 from speculators.errors import CheckpointError
-from speculators.weights import Extent, PickleFile, SafetensorsFile, TensorInfo, WeightFile
+from speculators.pickles import PickleFile
+from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
     import torch
@@ -107,31 +108,26 @@ class Checkpoint:
         """Whether a weight file lies in the folder; a verifier may consist of its config alone."""
         return self.path.is_file() or any(True for _ in _candidates(self.path))
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor, piece by piece."""
-        return weights.chunks(self._homes[name], name)
+    def stretch(self, name: str, start: int = 0, stop: int | None = None) -> Extent | memoryview:
+        """Return bytes ``start`` to ``stop`` of a tensor, or where they lie if a file holds them in one piece."""
+        return self._homes[name].stretch(name, start, self.tensors[name].nbytes if stop is None else stop)
 
-    def extent(self, name: str) -> Extent | None:
-        """Return where a file holds a tensor's bytes in one piece, if one does."""
-        return self._homes[name].extent(name)
-
-    def rows(self, name: str, start: int, stop: int) -> memoryview:
+    def rows(self, name: str, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor."""
         info = self.tensors[name]
         size = info.nbytes // max(1, info.shape[0])
-        return self._homes[name].read(name, start * size, stop * size)
+        return read(self.stretch(name, start * size, stop * size))
 
     def array(self, name: str) -> NDArray[Any]:
         """Return a small tensor as a numpy array."""
         info = self.tensors[name]
-        data = self._homes[name].read(name, 0, info.nbytes)
-        return dtypes.array(data, info.dtype).reshape(info.shape)
+        return dtypes.array(read(self.stretch(name)), info.dtype).reshape(info.shape)
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in."""
         info = self.tensors[name]
         start, stop = rows or (0, info.shape[0] if info.shape else 1)
-        data = self.rows(name, start, stop) if info.shape else self._homes[name].read(name, 0, info.nbytes)
+        data = self.rows(name, start, stop) if info.shape else read(self.stretch(name))
         return dtypes.tensor(data, info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, output
 from speculators.checkpoint import Checkpoint, local_path
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError, PluginError
+from speculators.errors import AlreadyConvertedError, MismatchError, OptionError, PluginError
+from speculators.operations import cast
 from speculators.output import Payload
 from speculators.plan import Comparison, Derivation, Facts, Move, Plan, match, plan
 from speculators.registry import Algorithm, Registry
 from speculators.spec import Context
 from speculators.verifier import Verifier
-from speculators.weights import CHUNK, Extent, TensorInfo
+from speculators.weights import CHUNK, Chunk, Extent, TensorInfo
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
@@ -165,7 +164,7 @@ def convert_model(
         package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
         renamed=conversion.renamed,
         dropped=conversion.dropped,
-        completed={made.target: made.row.derive.why for made in conversion.derivations if made.row.derive}
+        completed={made.target: made.why for made in conversion.derivations}
         | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
         notes=conversion.notes,
         validation=report,
@@ -315,7 +314,7 @@ def _difference(comparison: Comparison, context: Context) -> str | None:
             return f"differs from the verifier's {role}"
         except ValueError:
             return f"could not be compared with the verifier's {role}, which is stored as {stored}"
-        if context.source.rows(move.source, start, stop) != theirs:
+        if bytes(context.source.rows(move.source, start, stop)) != theirs:
             return f"differs from the verifier's {role}"
     return None
 
@@ -370,48 +369,34 @@ def parse_size(size: str | int) -> int:
 def _payloads(conversion: Conversion) -> Iterator[Payload]:
     source, dtype = conversion.context.source, conversion.context.dtype
     wanted = dtypes.STORED_NAMES[dtype] if dtype else None
-    for move in conversion.moves:
-        stored = move.info.dtype
+    payloads = [Payload(move.target, move.info, map(source.stretch, [move.source])) for move in conversion.moves]
+    payloads += [Payload(made.target, *derive(made, source)) for made in conversion.derivations]
+    for payload in payloads:
+        stored = payload.info.dtype
         if wanted is None or stored not in dtypes.FLOATS or stored == wanted:
-            yield Payload(move.target, move.info, partial(_stored_chunks, source, move.source))
+            yield payload
         else:
-            info = replace(move.info, dtype=wanted)
-            yield Payload(move.target, info, partial(_cast_chunks, source, move, wanted))
-    for made in conversion.derivations:
-        yield _derived_payload(made, source, wanted)
+            chunks = cast(payload.chunks, payload.name, stored, wanted)
+            yield Payload(payload.name, replace(payload.info, dtype=wanted), chunks)
 
 
-def _stored_chunks(source: Checkpoint, name: str) -> Iterable[bytes | memoryview | Extent]:
-    extent = source.extent(name)
-    return source.chunks(name) if extent is None else [extent]
-
-
-def _cast_chunks(source: Checkpoint, move: Move, dtype: str) -> Iterator[bytes]:
-    for chunk in source.chunks(move.source):
-        try:
-            yield dtypes.cast(chunk, move.info.dtype, dtype)
-        except OverflowError as error:
-            raise CheckpointError(f"{move.source} cannot be cast to {dtypes.TORCH_NAMES[dtype]}: {error}") from error
-
-
-def derive(made: Derivation, source: Checkpoint) -> tuple[TensorInfo, bytes]:
-    """Make a tensor that the source lacks, as its row says.
+def derive(made: Derivation, source: Checkpoint) -> tuple[TensorInfo, Iterator[Chunk]]:
+    """Make a tensor that the source does not hold as it is, as its row says.
 
     Raises:
-        PluginError: The row does not say how, or what was made has another size.
+        PluginError: What was made is no tensor of that shape.
     """
-    if made.row.derive is None:
-        raise PluginError(f"the row of {made.target!r} does not say how to make it")
-    module, _, function = made.row.derive.by.partition(":")
-    dtype, data = getattr(importlib.import_module(module), function)(source, made.sources, made.shape)
+    dtype, chunks = made.operation(source, made.sources, made.shape)
+    if dtype not in dtypes.SIZES:
+        raise PluginError(f"{made.target!r} was made as {dtype!r}, which is no dtype of a safetensors file")
     info = TensorInfo(dtype, made.shape)
-    if info.nbytes != len(data):
-        raise PluginError(f"{made.row.derive.by} made {len(data)} bytes for {made.target!r}, expected {info.nbytes}")
-    return info, data
+    return info, _exactly(chunks, info, made.target)
 
 
-def _derived_payload(made: Derivation, source: Checkpoint, wanted: str | None) -> Payload:
-    info, data = derive(made, source)
-    if wanted is not None and info.dtype in dtypes.FLOATS:
-        info, data = TensorInfo(wanted, info.shape), dtypes.cast(data, info.dtype, wanted)
-    return Payload(made.target, info, lambda: [data])
+def _exactly(chunks: Iterable[Chunk], info: TensorInfo, target: str) -> Iterator[Chunk]:
+    count = 0
+    for chunk in chunks:
+        count += chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
+        yield chunk
+    if count != info.nbytes:
+        raise PluginError(f"{count} bytes were made for {target!r}, expected {info.nbytes} of {info}")

@@ -123,10 +123,10 @@ def layer_rows(source: str, target: str, width: str = "H") -> tuple[Rename, ...]
     )
 
 
-def zeros(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, bytes]:
+def zeros(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, list[bytes]]:
     """Make zeros in the dtype of the first of ``names``; for use in `Derive`."""
     info = TensorInfo(source.tensors[names[0]].dtype, shape)
-    return info.dtype, bytes(info.nbytes)
+    return info.dtype, [bytes(info.nbytes)]
 
 
 class _NativeConfig(BaseModel):

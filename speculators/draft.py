@@ -12,6 +12,7 @@ from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.errors import OptionError, ValidationError
 from speculators.verifier import quiet_transformers
+from speculators.weights import read
 
 if TYPE_CHECKING:
     import torch
@@ -264,8 +265,8 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
 def _derived(made: Derivation, source: Checkpoint) -> Tensor:
     from speculators.convert import derive
 
-    info, data = derive(made, source)
-    return dtypes.tensor(data, info.dtype).view(info.shape)
+    info, chunks = derive(made, source)
+    return dtypes.tensor(b"".join(map(read, chunks)), info.dtype).view(info.shape)
 
 
 def _built(described: str, build: Callable[[], Built]) -> Built:

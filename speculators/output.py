@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO, RawIOBase
+from io import FileIO
 from pathlib import Path
 
 from speculators import dtypes
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import CheckpointError, OutputError
-from speculators.weights import CHUNK, Extent, TensorInfo
+from speculators.errors import OutputError
+from speculators.weights import CHUNK, Chunk, Extent, TensorInfo
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,6 +31,8 @@ OWN_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model
 
 COPY = 64 << 20
 """Bytes that the kernel is asked to copy at a time."""
+
+WINDOWS = os.name == "nt"
 
 Report = Callable[[int], object]
 
@@ -45,7 +47,7 @@ class Payload:
 
     name: str
     info: TensorInfo
-    chunks: Callable[[], Iterable[bytes | memoryview | Extent]]
+    chunks: Iterable[Chunk]
 
 
 def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
@@ -144,6 +146,8 @@ def _publish(folder: Path, path: Path, overwrite: bool) -> None:
             raise
         shutil.rmtree(previous, ignore_errors=True)
     else:
+        if WINDOWS and path.exists():
+            path.rmdir()  # elsewhere a folder takes the place of an empty one in one step
         folder.rename(path)
     _sync(path.parent)
 
@@ -155,7 +159,10 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the disk hold a file, or the names in a folder; Windows has no call for the latter."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -220,43 +227,37 @@ def _write_file(path: Path, payloads: list[Payload], report: Report) -> None:
         _write(file, struct.pack("<Q", len(text)) + text)
         for payload in payloads:
             start = file.tell()
-            for chunk in payload.chunks():
+            for chunk in payload.chunks:
                 if isinstance(chunk, Extent):
                     _copy(chunk, file, report)
                 else:
-                    _write(file, chunk)
-                    report(len(chunk))
+                    report(_write(file, chunk))
             if file.tell() - start != payload.info.nbytes:
                 raise RuntimeError(
                     f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}"
                 )
 
 
-def _write(file: RawIOBase, data: bytes | memoryview) -> None:
+def _write(file: FileIO, data: bytes | memoryview) -> int:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[file.write(rest) :]
+    return len(data)
 
 
 def _copy(extent: Extent, target: FileIO, report: Report) -> None:
     """Append a stretch of another file, in the kernel where it can."""
-    with extent.path.open("rb", buffering=0) as source:
-        position, end = extent.start, extent.start + extent.size
-        while position < end:
-            copied = _copy_range(source, target, position, min(end - position, COPY))
-            if not copied:
-                raise CheckpointError(f"{extent.path} ended while it was read; was it changed meanwhile?")
-            position += copied
-            report(copied)
+    while extent.size:
+        copied = _copy_some(extent, target)
+        extent = extent.part(copied, extent.size)
+        report(copied)
 
 
-def _copy_range(source: FileIO, target: FileIO, position: int, size: int) -> int:
+def _copy_some(extent: Extent, target: FileIO) -> int:
     if hasattr(os, "copy_file_range"):
         # Not every pair of filesystems can; what they answer differs between kernels.
         with suppress(OSError):
-            if copied := os.copy_file_range(source.fileno(), target.fileno(), size, offset_src=position):
+            size = min(extent.size, COPY)
+            if copied := os.copy_file_range(extent.file.fileno(), target.fileno(), size, offset_src=extent.start):
                 return copied
-    source.seek(position)
-    data = source.read(min(size, CHUNK))
-    _write(target, data)
-    return len(data)
+    return _write(target, extent.part(0, min(extent.size, CHUNK)).read())

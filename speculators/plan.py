@@ -6,12 +6,14 @@ is wrong is collected and raised together.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from speculators.dtypes import FLOATS
-from speculators.table import Drop, Refuse, Rename, Shared, Table, evaluate, fill
+from speculators.operations import Cut, Operation, join
+from speculators.table import Drop, Merge, Refuse, Rename, Shared, Split, Table, evaluate, fill
 from speculators.weights import TensorInfo
 
 
@@ -42,6 +44,15 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Rework:
+    """One source tensor that is written in pieces, or as a piece, and its row."""
+
+    source: str
+    row: Split | Merge
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Matching:
     """The outcome of `match`: every source name is in exactly one of these.
 
@@ -51,6 +62,7 @@ class Matching:
         refused: Source name → reason.
         unmatched: Source names that no row knows.
         doubled: Findings about two source tensors with one target.
+        reworked: Those that are written in pieces, or as pieces.
         native: The name that the original code gives a tensor, without prefixes → source name; of all tensors.
     """
 
@@ -59,6 +71,7 @@ class Matching:
     refused: Mapping[str, str]
     unmatched: tuple[str, ...]
     doubled: tuple[str, ...] = ()
+    reworked: tuple[Rework, ...] = ()
     native: Mapping[str, str] = field(default_factory=dict)
 
     def present(self, part: str) -> bool:
@@ -85,12 +98,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A tensor to make: ``target`` from the source tensors ``sources``."""
+    """A tensor to make: ``target`` from the source tensors ``sources``; ``why`` tells the user."""
 
     target: str
-    row: Rename
     sources: tuple[str, ...]
     shape: tuple[int, ...]
+    operation: Operation
+    why: str
 
 
 @dataclass(frozen=True)
@@ -121,14 +135,17 @@ def match(table: Table, names: Iterable[str]) -> Matching:
     refused: dict[str, str] = {}
     unmatched: list[str] = []
     doubled: list[str] = []
+    reworked: list[Rework] = []
     native: dict[str, str] = {}
     for name in sorted(names):
         row, numbers = _find(table, name)
-        native[fill(row.name, numbers) if isinstance(row, Rename) else table.spellings(name)[-1]] = name
+        native[fill(row.name, numbers) if isinstance(row, Rename | Split | Merge) else table.spellings(name)[-1]] = name
         if isinstance(row, Refuse):
             refused[name] = row.why
         elif isinstance(row, Drop):
             dropped[name] = row.why
+        elif isinstance(row, Split | Merge):
+            reworked.append(Rework(name, row, numbers))
         elif isinstance(row, Rename):
             target = row.numbered(numbers)
             if target in moves:
@@ -137,11 +154,11 @@ def match(table: Table, names: Iterable[str]) -> Matching:
                 moves[target] = Match(name, row, numbers)
         else:
             unmatched.append(name)
-    return Matching(moves, dropped, refused, tuple(unmatched), tuple(doubled), native)
+    return Matching(moves, dropped, refused, tuple(unmatched), tuple(doubled), tuple(reworked), native)
 
 
-def _find(table: Table, name: str) -> tuple[Refuse | Drop | Rename | None, tuple[int, ...]]:
-    for kind in (Refuse, Drop, Rename):
+def _find(table: Table, name: str) -> tuple[Refuse | Drop | Rename | Split | Merge | None, tuple[int, ...]]:
+    for kind in (Refuse, Drop, (Rename, Split, Merge)):
         for spelling in table.spellings(name):
             for row in table.rows:
                 if isinstance(row, kind) and (found := row.regex.fullmatch(spelling)):
@@ -165,7 +182,7 @@ def plan(
         facts: What the algorithm knows about this checkpoint.
         verifier_shapes: Shapes of the verifier's shareable tensors by their role in `Shared`.
     """
-    builder = _Builder(tensors, matching, facts, verifier_shapes)
+    builder = _Builder(table, tensors, matching, facts, verifier_shapes)
     for row in table.moving:
         builder.place(row)
     return builder.finish()
@@ -174,16 +191,22 @@ def plan(
 class _Builder:
     def __init__(
         self,
+        table: Table,
         tensors: Mapping[str, TensorInfo],
         matching: Matching,
         facts: Facts,
         verifier_shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
+        self.table = table
         self.tensors = tensors
         self.matching = matching
         self.facts = facts
         self.verifier_shapes = verifier_shapes
         self.pending = dict(matching.moves)
+        self.reworked: dict[str, list[Rework]] = {}
+        for rework in matching.reworked:
+            for target in rework.row.targets:
+                self.reworked.setdefault(fill(target, rework.numbers), []).append(rework)
         self.moves: list[Move] = []
         self.comparisons: list[Comparison] = []
         self.derivations: list[Derivation] = []
@@ -226,13 +249,16 @@ class _Builder:
 
     def miss(self, row: Rename, numbers: tuple[int, ...], target: str) -> None:
         expected = self.shape(row)
+        if (found := self.reworked.pop(target, None)) and expected is not None:
+            self.rework(found, row, target, expected)
+            return
         if isinstance(row, Shared) and (expected is None or expected == self.verifier_shapes.get(row.verifier)):
             self.from_verifier[target] = row.verifier
             return
         sources = [self.matching.moves.get(fill(name, numbers)) for name in row.derive.sources] if row.derive else []
         if row.derive and expected is not None and all(sources):
             names = tuple(found.source for found in sources if found)
-            self.derivations.append(Derivation(target, row, names, expected))
+            self.derivations.append(Derivation(target, names, expected, row.derive, row.derive.why))
             return
         shape = f"[{row.shape}]" + (f" = {list(expected)}" if expected else "")
         reason = ""
@@ -242,7 +268,55 @@ class _Builder:
             )
         self.missing.append(f"{fill(row.name, numbers)} {shape}{reason}")
 
-    def shape(self, row: Rename) -> tuple[int, ...] | None:
+    def rework(self, found: list[Rework], row: Rename, target: str, expected: tuple[int, ...]) -> None:
+        """Cut ``target`` out of a larger tensor, or join its pieces."""
+        names = [each.source for each in found]
+        if len({each.row for each in found}) < len(found) or len({type(each.row) for each in found}) > 1:
+            self.wrong.append(f"{' and '.join(names)} both hold {target}: only one can be meant")
+            return
+        infos = [self.tensors[name] for name in names]
+        odd = [f"{name} is {info}" for name, info in zip(names, infos, strict=True) if info.dtype not in row.dtypes]
+        self.wrong += [f"{line}, expected {' or '.join(row.dtypes)}" for line in odd]
+        if len({info.dtype for info in infos}) > 1:
+            self.wrong.append(f"the pieces of {target} differ in dtype: {', '.join(info.dtype for info in infos)}")
+        if isinstance(found[0].row, Split):
+            self.cut(found[0], row, target, expected)
+        else:
+            self.join(found, row, target, expected)
+
+    def cut(self, rework: Rework, row: Rename, target: str, expected: tuple[int, ...]) -> None:
+        shapes = [self.shape(self.table.writing[piece]) for piece in rework.row.targets]
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes):
+            return
+        whole = (sum(shape[0] for shape in known), *expected[1:])
+        info = self.tensors[rework.source]
+        if info.shape != whole or any(shape[1:] != expected[1:] for shape in known):
+            pieces = " and ".join(map(str, map(list, known)))
+            self.wrong.append(f"{rework.source} is {info}, expected {list(whole)} for its pieces {pieces}")
+        start = sum(math.prod(shape) for shape in known[: rework.row.targets.index(row.target)])
+        self.derivations.append(
+            Derivation(target, (rework.source,), expected, Cut(start), f"a piece of {rework.source}")
+        )
+
+    def join(self, found: list[Rework], row: Rename, target: str, expected: tuple[int, ...]) -> None:
+        there = {each.row: each for each in found}
+        names, size = [], 0
+        for piece in self.table.pieces(row.target):
+            if piece not in there:
+                self.missing.append(f"{fill(piece.name, found[0].numbers)} [{piece.shape}], a piece of {target}")
+                continue
+            name = there[piece].source
+            names.append(name)
+            size += math.prod(self.tensors[name].shape)
+            shape = self.shape(piece)
+            if shape is not None and shape != self.tensors[name].shape:
+                self.wrong.append(f"{name} is {self.tensors[name]}, expected [{piece.shape}] = {list(shape)}")
+        if size != math.prod(expected) and len(names) == len(self.table.pieces(row.target)):
+            self.wrong.append(f"{' and '.join(names)} do not fill {target} [{row.shape}] = {list(expected)}")
+        self.derivations.append(Derivation(target, tuple(names), expected, join, f"joined from {', '.join(names)}"))
+
+    def shape(self, row: Rename | Merge) -> tuple[int, ...] | None:
         try:
             return tuple(evaluate(dimension, self.facts.dims) for dimension in row.shape.split(","))
         except KeyError as error:
@@ -257,8 +331,13 @@ class _Builder:
         findings += [f"{line}: matches no row of the table" for line in fold(matching.unmatched, self.tensors)]
         if not self.unknown:
             findings += fold(f"{found.source} {self._outside(found.row)}" for found in self.pending.values())
+            findings += fold(
+                f"{rework.source} holds {target}, which {self._besides(target)}"
+                for target, found in self.reworked.items()
+                for rework in found
+            )
         findings += [f"missing: {line}" for line in fold(self.missing)]
-        findings += fold(self.wrong)
+        findings += fold(dict.fromkeys(self.wrong))
         findings += self.facts.findings
         if self.unknown and not findings:
             findings.append(f"neither config nor tensors tell {', '.join(sorted(self.unknown))}")
@@ -270,6 +349,10 @@ class _Builder:
             self.from_verifier,
             tuple(findings),
         )
+
+    def _besides(self, target: str) -> str:
+        stored = self.matching.moves.get(target)
+        return f"is stored as {stored.source} too: only one can be meant" if stored else "the draft does not have"
 
     def _outside(self, row: Rename) -> str:
         known = ", ".join(f"{symbol} = {self.facts.dims[symbol]}" for symbol in row.bounds if symbol in self.facts.dims)

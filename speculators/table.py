@@ -5,13 +5,15 @@ A table is data. Each row states one fact about one tensor, or about one tensor 
 =================  ==================================================================================
 `Rename`, `Keep`   the tensor is required, and is written under the target name
 `Shared`           it may be the verifier's: left out when equal to it or absent, written when not
+`Split`            it holds several tensors one after another, each of which is written by itself
+`Merge`            it is written as a piece of a larger tensor
 `Drop`             it is not needed, for the stated reason
 `Refuse`           its presence means a kind of draft that the algorithm cannot convert
 =================  ==================================================================================
 
 Source patterns match whole names: ``(a|b)`` is either spelling (the first is the one training code
 uses), ``{1:L}`` runs over the numbers from 1 below ``L``, ``*`` is any one dotted part and ``**`` any
-stretch; the last two only in rows that write nothing. Shapes are products of symbols, as in
+stretch; the last two only in `Drop` and `Refuse`. Shapes are products of symbols, as in
 ``"heads*head_dim, 2*H"``; what a symbol stands for is the algorithm's to say (`examine`).
 
 Each tensor belongs to exactly one row. `Refuse` rows are looked at first, then `Drop` rows; after
@@ -21,12 +23,18 @@ rows never matters.
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from speculators.dtypes import FLOATS
+
+if TYPE_CHECKING:
+    from speculators.checkpoint import Checkpoint
+    from speculators.weights import Chunk
 
 _TOKEN = re.compile(r"\(([^()]*)\)|\{(\w+):(\w+)\}|(\*\*)|(\*)|([^(){}*]+)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*|\d+")
@@ -38,8 +46,7 @@ class Derive:
 
     Args:
         by: Where the function lives, as ``"package.module:function"``; imported when it is needed.
-            It is called with the source `Checkpoint`, the source names of ``sources`` in order, and
-            the shape to make, and returns the dtype (``"I64"``) and the bytes of the new tensor.
+            It is an operation, as `speculators.operations` defines them.
         sources: Target names that it needs; it is used only when all of them are there.
         why: What the user is told.
     """
@@ -47,6 +54,14 @@ class Derive:
     by: str
     sources: tuple[str, ...]
     why: str
+
+    def __call__(
+        self, source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]
+    ) -> tuple[str, Iterable[Chunk]]:
+        """Import the operation and carry it out."""
+        module, _, function = self.by.partition(":")
+        made: tuple[str, Iterable[Chunk]] = getattr(importlib.import_module(module), function)(source, names, shape)
+        return made
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,21 @@ class Row:
     def name(self) -> str:
         """The source pattern in the spelling that training code uses."""
         return re.sub(r"\(([^()|]*)[^()]*\)", r"\1", self.source)
+
+    def check_target(self, target: str) -> None:
+        """Reject a target that does not name one tensor for each that the row matches."""
+        if "*" in self.source or "*" in target or "(" in target:
+            raise ValueError(f"row {self.source!r} -> {target!r}: a written tensor needs exact names")
+        if _ranges(self.source) != _ranges(target):
+            raise ValueError(f"row {self.source!r} -> {target!r}: the numbered places differ")
+        if len(_ranges(self.source)) > 1:
+            raise ValueError(f"row {self.source!r} has more than one numbered place")
+
+    def check_shape(self, shape: str) -> None:
+        """Reject a malformed shape."""
+        for symbol in symbols(shape):
+            if not _SYMBOL.fullmatch(symbol):
+                raise ValueError(f"row {self.source!r}: malformed shape {shape!r}")
 
 
 @dataclass(frozen=True)
@@ -97,15 +127,8 @@ class Rename(Row):
     def __post_init__(self) -> None:
         """Check that both sides run over the same numbers and that nothing is written by wildcard."""
         super().__post_init__()
-        if "*" in self.source or "*" in self.target or "(" in self.target:
-            raise ValueError(f"row {self.source!r} -> {self.target!r}: a written tensor needs exact names")
-        if _ranges(self.source) != _ranges(self.target):
-            raise ValueError(f"row {self.source!r} -> {self.target!r}: the numbered places differ")
-        if len(_ranges(self.source)) > 1:
-            raise ValueError(f"row {self.source!r} has more than one numbered place")
-        for symbol in symbols(self.shape):
-            if not _SYMBOL.fullmatch(symbol):
-                raise ValueError(f"row {self.source!r}: malformed shape {self.shape!r}")
+        self.check_target(self.target)
+        self.check_shape(self.shape)
 
     @property
     def bounds(self) -> tuple[str, ...]:
@@ -163,6 +186,60 @@ class Shared(Rename):
 
 
 @dataclass(frozen=True)
+class Split(Row):
+    """A tensor that holds several others one after another along its first dimension.
+
+    The others have rows of their own, with their shapes, for checkpoints that store them apart.
+
+    Args:
+        source: Pattern of the name in the checkpoint.
+        into: Target names of the pieces, in the order in which they lie.
+    """
+
+    into: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that each piece has exact names."""
+        super().__post_init__()
+        for target in self.into:
+            self.check_target(target)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target names that the row fills or helps to fill."""
+        return self.into
+
+
+@dataclass(frozen=True)
+class Merge(Row):
+    """A tensor that is written as a piece of a larger one, in which pieces lie one after another.
+
+    The larger one has a row of its own, with its shape, for checkpoints that store it whole.
+
+    Args:
+        source: Pattern of the name in the checkpoint.
+        into: Target name of the larger tensor.
+        place: Number of this piece in it, from 0.
+        shape: Shape of this piece in symbols.
+    """
+
+    into: str
+    place: int
+    shape: str
+
+    def __post_init__(self) -> None:
+        """Check that source and target have exact names."""
+        super().__post_init__()
+        self.check_target(self.into)
+        self.check_shape(self.shape)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target names that the row fills or helps to fill."""
+        return (self.into,)
+
+
+@dataclass(frozen=True)
 class Drop(Row):
     """A tensor that is not needed, and why."""
 
@@ -193,19 +270,47 @@ class Table:
 
     def __post_init__(self) -> None:
         """Find conflicting rows when the table is built."""
-        for row in self.moving:
-            others = [other for other in self.moving if other is not row]
+        reading = (*self.moving, *self.reworked)
+        for row in reading:
+            others = [other for other in reading if other is not row]
             for sample in _samples(row.source):
                 if clash := next((other for other in others if other.regex.fullmatch(sample)), None):
                     raise ValueError(f"rows {row.source!r} and {clash.source!r} both match {sample!r}")
+        for row in self.moving:
             for sample in _samples(row.target):
-                if clash := next((other for other in others if _compile(other.target).fullmatch(sample)), None):
+                if clash := next(
+                    (other for other in self.moving if other is not row and _compile(other.target).fullmatch(sample)),
+                    None,
+                ):
                     raise ValueError(f"two rows write {sample!r}: {row.source!r} and {clash.source!r}")
+        for row in self.reworked:
+            for target in row.targets:
+                if target not in self.writing:
+                    raise ValueError(f"row {row.source!r}: no row writes {target!r}")
+        for target in self.writing:
+            places = [piece.place for piece in self.pieces(target)]
+            if places != list(range(len(places))):
+                raise ValueError(f"the pieces of {target!r} are numbered {places}")
 
     @property
     def moving(self) -> tuple[Rename, ...]:
         """The rows that may write a tensor."""
         return tuple(row for row in self.rows if isinstance(row, Rename))
+
+    @property
+    def reworked(self) -> tuple[Split | Merge, ...]:
+        """The rows of tensors that are written in pieces, or as pieces."""
+        return tuple(row for row in self.rows if isinstance(row, Split | Merge))
+
+    @property
+    def writing(self) -> dict[str, Rename]:
+        """The rows that may write a tensor by their target."""
+        return {row.target: row for row in self.moving}
+
+    def pieces(self, target: str) -> tuple[Merge, ...]:
+        """Return the rows of the tensors that make up ``target``, in order."""
+        rows = [row for row in self.rows if isinstance(row, Merge) and row.into == target]
+        return tuple(sorted(rows, key=lambda row: row.place))
 
     @property
     def parts(self) -> tuple[str, ...]:

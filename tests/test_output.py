@@ -42,7 +42,7 @@ def umask() -> Iterator[None]:
 
 def payload(name: str, dtype: str, shape: tuple[int, ...], *chunks: bytes) -> Payload:
     """Describe a tensor to write."""
-    return Payload(name, TensorInfo(dtype, shape), lambda: chunks)
+    return Payload(name, TensorInfo(dtype, shape), chunks)
 
 
 def names(folder: Path) -> list[str]:

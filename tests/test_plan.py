@@ -291,7 +291,10 @@ def test_an_absent_tensor_is_made_from_its_source() -> None:
 
     result = planned((row, Keep("(t2d|mask)", "H")), {"mask": f32(4)})
 
-    assert result == Plan(moves=(Move("mask", "t2d", f32(4)),), derivations=(Derivation("d2t", row, ("mask",), (8,)),))
+    assert result == Plan(
+        moves=(Move("mask", "t2d", f32(4)),),
+        derivations=(Derivation("d2t", ("mask",), (8,), MADE_FROM_T2D, "made from t2d"),),
+    )
 
 
 def test_a_tensor_that_is_there_is_not_made() -> None:
@@ -326,8 +329,8 @@ def test_a_tensor_is_made_from_the_source_of_its_own_layer() -> None:
     )
 
     assert result.derivations == (
-        Derivation("layers.0.o", row, ("blocks.0.q",), (4,)),
-        Derivation("layers.1.o", row, ("blocks.1.q",), (4,)),
+        Derivation("layers.0.o", ("blocks.0.q",), (4,), derive, "zeros"),
+        Derivation("layers.1.o", ("blocks.1.q",), (4,), derive, "zeros"),
     )
 
 

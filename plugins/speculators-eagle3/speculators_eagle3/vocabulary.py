@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from speculators import Checkpoint
 
 
-def offsets(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, bytes]:
+def offsets(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, list[bytes]]:
     """Make ``d2t [DV]`` from ``t2d [V]``: draft tokens are the marked ones in order."""
     import numpy as np
 
     targets = np.flatnonzero(source.array(names[0]))
-    return "I64", (targets - np.arange(len(targets))).astype("<i8").tobytes()
+    return "I64", [(targets - np.arange(len(targets))).astype("<i8").tobytes()]
 
 
-def mask(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, bytes]:
+def mask(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, list[bytes]]:
     """Make ``t2d [V]`` from ``d2t [DV]``."""
     import numpy as np
 
     marked = np.zeros(shape, dtype=bool)
     marked[_targets(source.array(names[0]))] = True
-    return "BOOL", marked.tobytes()
+    return "BOOL", [marked.tobytes()]
 
 
 def original_targets(source: Checkpoint, names: Mapping[str, str]) -> NDArray[Any] | None:

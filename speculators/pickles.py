@@ -1,0 +1,190 @@
+"""A ``pytorch_model.bin``: a pickled dict of tensors, none of which is read before it is needed.
+
+torch opens it with ``weights_only=True`` and maps it into memory, so that nothing in it is executed and
+nothing is loaded. Where the kernel tells which byte of the file an address is mapped to, tensors are read
+from the file itself, and can be copied unread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speculators import dtypes
+from speculators.errors import CheckpointError
+from speculators.weights import Extent, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+MAPPINGS = Path("/proc/self/maps")
+"""Where Linux lists what is mapped into a process (proc(5)); other systems have no such file."""
+
+
+class PickleFile:
+    """One pickled weight file, or a `CheckpointError` that says why it cannot be used.
+
+    A strided tensor is laid out in memory, by itself, when it is asked for. A file that cannot be mapped,
+    as it is compressed or in the format of before PyTorch 1.6, is read into memory whole, with a warning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb")
+            archive = _read_archive(path) if _is_archive(self._file) else None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        mapped = archive is not None and archive.mappable
+        if not mapped:
+            kind = "in PyTorch's format of before 1.6" if archive is None else "compressed"
+            warnings.warn(f"{path} is {kind} and is read into memory whole", stacklevel=2)
+        self._checked = archive is not None
+        self._tensors = _load(path, mapped)
+        self.tensors = {name: _describe(tensor, name, path) for name, tensor in self._tensors.items()}
+        self._starts = _storage_starts(self._file, self._tensors, archive) if archive and mapped else {}
+        self._flat: tuple[str, memoryview] | None = None
+
+    def stretch(self, name: str, start: int, stop: int) -> Extent | memoryview:
+        """Return bytes ``start`` to ``stop`` of a tensor."""
+        tensor = self._tensors[name]
+        storage = self._starts.get(tensor.untyped_storage().data_ptr())
+        if storage is not None and tensor.is_contiguous() and not tensor.is_neg():
+            first = storage + int(tensor.storage_offset()) * tensor.element_size()
+            return Extent(self.path, self._file, first + start, stop - start)
+        if self._flat is None or self._flat[0] != name:
+            import torch
+
+            flat = tensor.resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
+            self._flat = (name, flat.data)
+        return self._flat[1][start:stop]
+
+    def verify(self) -> None:
+        """Check the checksums of an archive, which torch does not look at when it maps one.
+
+        Raises:
+            CheckpointError: The content was changed after it was written.
+        """
+        if not self._checked:
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}. Download it again.") from error
+        if damaged is not None:
+            raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is wrong. Download it again.")
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """A zip file as torch writes them.
+
+    Attributes:
+        entries: Where the content of each entry starts → its size.
+        mappable: Whether all entries are stored as they are.
+        swapped: Whether numbers are stored with their bytes in reverse.
+    """
+
+    entries: Mapping[int, int]
+    mappable: bool
+    swapped: bool
+
+
+def _is_archive(file: BufferedReader) -> bool:
+    return file.read(4) == b"PK\x03\x04"
+
+
+def _read_archive(path: Path) -> _Archive:
+    entries = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            listed = archive.infolist()
+            for entry in listed:
+                file.seek(entry.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
+                name, extra = struct.unpack("<HH", file.read(4))
+                entries[entry.header_offset + 30 + name + extra] = entry.file_size
+            order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
+            swapped = order is not None and archive.read(order) == b"big"
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or no PyTorch file: {error}. Download it again.") from error
+    return _Archive(entries, all(entry.compress_type == zipfile.ZIP_STORED for entry in listed), swapped)
+
+
+def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"its pickle asks for {found.group(1)}" if found else "its pickle is damaged or asks for more than tensors"
+        )
+        raise CheckpointError(
+            f"{path} is refused, {reason}. Nothing in it was executed. Ask its author for a safetensors file."
+        ) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{path} holds {_summary(content)}, expected a flat dict of tensors. "
+            "Save the module's state_dict() by itself."
+        )
+    return {str(name): tensor.detach() for name, tensor in content.items()}
+
+
+def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], archive: _Archive) -> dict[int, int]:
+    """Find out where in the file each mapped storage lies: its address → the offset of its first byte.
+
+    Storages of which that cannot be proven are left out.
+
+    Raises:
+        CheckpointError: A storage is larger or smaller than what the file holds of it.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    storages.pop(0, None)  # an empty one lies nowhere
+    if unknown := Counter(storages.values()) - Counter(archive.entries.values()):
+        raise CheckpointError(
+            f"{file.name} is damaged: a tensor of it takes {min(unknown)} bytes, and it holds none of that size. "
+            "Download it again."
+        )
+    if archive.swapped:
+        return {}
+    inode = os.fstat(file.fileno()).st_ino
+    starts: dict[int, int] = {}
+    for line in MAPPINGS.read_text(errors="replace").splitlines() if MAPPINGS.exists() else ():
+        span, _, offset, _, mapped, *_ = line.split()
+        if int(mapped) == inode:
+            first, last = (int(address, 16) for address in span.split("-"))
+            starts |= {address: address - first + int(offset, 16) for address in storages if first <= address < last}
+    return {address: start for address, start in starts.items() if archive.entries.get(start) == storages[address]}
+
+
+def _summary(content: object) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in list(content.items())[:3])
+    return f"a dict of {kinds}{', …' if len(content) > 3 else ''}"
+
+
+def _describe(tensor: torch.Tensor, name: str, path: Path) -> TensorInfo:
+    dtype = dtypes.STORED_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise CheckpointError(f"{path} stores tensor {name!r} in a way that is not supported: {kind}")
+    return TensorInfo(dtype, tuple(tensor.shape))
