@@ -12,6 +12,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -223,19 +224,39 @@ def _write_file(path: Path, payloads: list[Payload], report: Report) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, _syncing(file, report) as written:
         _write(file, struct.pack("<Q", len(text)) + text)
         for payload in payloads:
             start = file.tell()
             for chunk in payload.chunks:
                 if isinstance(chunk, Extent):
-                    _copy(chunk, file, report)
+                    _copy(chunk, file, written)
                 else:
-                    report(_write(file, chunk))
+                    written(_write(file, chunk))
             if file.tell() - start != payload.info.nbytes:
                 raise RuntimeError(
                     f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}"
                 )
+
+
+@contextmanager
+def _syncing(file: FileIO, report: Report) -> Iterator[Report]:
+    """Keep the disk busy from the first chunk on; a single sync at the end would wait for all of it."""
+    syncing: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as beside:
+
+        def written(count: int) -> None:
+            nonlocal syncing
+            report(count)
+            if syncing is not None and not syncing.done():
+                return
+            if syncing is not None:
+                syncing.result()  # an error is told once
+            syncing = beside.submit(os.fsync, file.fileno())
+
+        yield written
+        if syncing is not None:
+            syncing.result()
 
 
 def _write(file: FileIO, data: bytes | memoryview) -> int:
