@@ -1,58 +1,63 @@
-"""Measure conversions against ``cp`` and print the table of docs/performance.md.
+"""Measure conversions against ``cp`` and hold them to the bars of docs/performance.md.
 
-    python benchmarks/performance.py [--folder DIR] [--rounds 5] [--existing PYTHON] [--growth]
+    python benchmarks/performance.py [--folder DIR] [--rounds 5] [--existing PYTHON] [--write]
 
-Every round runs all commands once, one after another, so that a slow minute of the machine falls on all of
-them; reported are medians. ``--existing`` names a Python that has speculators 0.9.0, to measure it beside.
-Needs about 30 GB in DIR with ``--growth``, 12 GB without.
+Prints Markdown; ``--write`` puts it into docs/performance.md and draws the plot beside it, for which
+matplotlib is needed (``pip install -r benchmarks/requirements.txt``). ``--existing`` names a Python that
+has speculators 0.9.0, to measure it beside. The heads are made once and kept in DIR, which takes about
+25 GB; a run takes about 15 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import statistics
+import platform
+import re
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from measuring import Measured, measure
+
 HERE = Path(__file__).parent
-SPECULATORS = [sys.executable, "-m", "speculators"]
-SIZES = {"0.25 GB": 700_000_000, "1 GB": 1_000_000_000, "4 GB": 4_000_000_000}
+PAGE = HERE.parent / "docs" / "performance.md"
+PLOT = PAGE.with_suffix(".svg")
+SPECULATORS = str(Path(sys.executable).with_name("speculators"))
+
+WEIGHTS = (".safetensors", ".bin")
+VERIFIER = "verifier"
+
+WITHOUT_EMBEDDINGS = 850_000_000
+"""Bytes of the real head without its token embeddings."""
+
+LARGE = 4 * 1_900_000_000
+
+SIZES = (250_000_000, 1_000_000_000, 4_000_000_000)
 SHARDS = (1, 8, 64)
+GROWING = ("--hidden", "2048", "--layers", "8")
+"""Shapes of the heads of other sizes: enough tensors for 64 shards, and little besides what grows."""
 
 
-@dataclass
-class Measured:
-    """Wall times in seconds and the highest peak of memory in MB."""
+@dataclass(frozen=True)
+class Bar:
+    """What must be true of a measured command.
 
-    command: list[str]
-    output: Path | None = None
-    seconds: list[float] = field(default_factory=list)
-    peak: float = 0.0
+    Attributes:
+        text: How the bars are called.
+        seconds: The longest time.
+        peak: The highest peak of memory in MB.
+    """
 
-    def run(self) -> None:
-        """Run the command once, with a fresh output."""
-        if self.output is not None:
-            shutil.rmtree(self.output, ignore_errors=True)
-        started = time.perf_counter()
-        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        _, status, usage = os.wait4(process.pid, 0)
-        self.seconds.append(time.perf_counter() - started)
-        if status:
-            raise SystemExit(
-                f"{' '.join(self.command)} failed: {process.stderr.read().decode() if process.stderr else ''}"
-            )
-        self.peak = max(self.peak, usage.ru_maxrss / 1000)
+    text: str
+    seconds: float = float("inf")
+    peak: float = float("inf")
 
-    @property
-    def median(self) -> float:
-        """Median wall time."""
-        return statistics.median(self.seconds)
+    def verdict(self, measured: Measured) -> str:
+        """Say whether the bar is met."""
+        return "yes" if measured.median <= self.seconds and measured.peak <= self.peak else "**no**"
 
 
 def make(folder: Path, *options: str) -> Path:
@@ -64,97 +69,200 @@ def make(folder: Path, *options: str) -> Path:
 
 def weight_bytes(folder: Path) -> int:
     """Add up the weight files of a head."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
 
 
 def copied(head: Path, output: Path) -> Measured:
     """Copy the weights of a head and sync them."""
-    files = " ".join(str(file) for file in head.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return Measured(["sh", "-c", f"mkdir {output} && cp {files} {output} && sync {output}/*"], output)
+    files = " ".join(f"'{file}'" for file in sorted(head.iterdir()) if file.suffix in WEIGHTS)
+    return Measured(["sh", "-c", f"mkdir '{output}' && cp {files} '{output}' && sync '{output}'/*"], output)
+
+
+def conversion(program: str, head: Path, output: Path, *options: str) -> list[str]:
+    """Return the command that converts a head."""
+    arguments = ["--algorithm", "eagle3", "--verifier", str(head / VERIFIER), "--output-path", str(output)]
+    return [program, "convert", str(head), *arguments, *options]
 
 
 def converted(head: Path, output: Path, *options: str) -> Measured:
     """Convert a head."""
-    arguments = ["convert", str(head), "--algorithm", "eagle3", "--verifier", str(head / "verifier")]
-    return Measured([*SPECULATORS, *arguments, "--output-path", str(output), *options], output)
+    return Measured(conversion(SPECULATORS, head, output, *options), output)
 
 
 def existing(python: str, head: Path, output: Path) -> Measured:
-    """Convert a head with the library that was there before."""
+    """Convert a head with speculators 0.9.0, from a copy, as it writes into a folder of its own kind."""
     program = (
-        "from speculators.convert.eagle.eagle3_converter import Eagle3Converter as C;"
-        f"C().convert({str(head)!r}, {str(output)!r}, {str(head / 'verifier')!r}, validate=False)"
+        "import sys; from speculators.convert import convert_model; "
+        "convert_model(sys.argv[1], verifier=sys.argv[2], algorithm='eagle3', output_path=sys.argv[3])"
     )
-    return Measured([python, "-c", program], output)
+    return Measured([python, "-c", program, str(head), str(head / VERIFIER), str(output)], output)
 
 
-def measure(rounds: int, measured: dict[str, Measured]) -> None:
-    """Run everything ``rounds`` times, after one round that warms caches and is not counted."""
-    for number in range(rounds + 1):
-        for each in measured.values():
-            each.run()
-            if number == 0:
-                each.seconds, each.peak = [], 0.0
-    for each in measured.values():
-        if each.output is not None:
-            shutil.rmtree(each.output, ignore_errors=True)
+def main_table(folder: Path, rounds: int, python: str | None) -> str:
+    """Measure the real head and what has a bar, and return the table."""
+    head, pickled, out = make(folder / "head"), make(folder / "head-bin", "--bin"), folder / "out"
+    large = make(folder / "head-large", "--size", str(LARGE))
+    kept = folder / "converted"
+    if not kept.exists():
+        subprocess.run(conversion(SPECULATORS, head, kept, "--no-validate", "--quiet"), check=True, capture_output=True)
+    check = [SPECULATORS, "validate", str(kept), "--level", "structure", "--verifier", str(head / VERIFIER)]
+    rows = {
+        "`python -c pass`": Measured([sys.executable, "-c", "pass"]),
+        "`import torch`": Measured([sys.executable, "-c", "import torch"]),
+        "`speculators --help`": Measured([SPECULATORS, "--help"]),
+        "`speculators convert --list-algorithms`": Measured([SPECULATORS, "convert", "--list-algorithms"]),
+        "`speculators validate --level structure`": Measured(check),
+        "cp and fsync, safetensors": copied(head, out),
+        "convert, safetensors, `--no-validate`": converted(head, out, "--no-validate"),
+        "cp and fsync, four times larger": copied(large, out),
+        "convert, four times larger, `--no-validate`": converted(large, out, "--no-validate"),
+        "cp and fsync, bin": copied(pickled, out),
+        "convert, bin, `--no-validate`": converted(pickled, out, "--no-validate"),
+        "convert, safetensors, validated (`forward`)": converted(head, out),
+    }
+    if python:
+        program = str(Path(python).with_name("speculators"))
+        rows["speculators 0.9.0 `--help`"] = Measured([program, "--help"])
+        rows["speculators 0.9.0, safetensors, not validated"] = existing(python, head, out)
+    measure(rounds, rows.values())
+
+    start, torch = rows["`python -c pass`"].median, rows["`import torch`"].median
+    cp, cp_large, cp_bin = (
+        rows[name].median
+        for name in ("cp and fsync, safetensors", "cp and fsync, four times larger", "cp and fsync, bin")
+    )
+    validated = WITHOUT_EMBEDDINGS / 1e6 + 900
+    bars = {
+        "`speculators --help`": Bar("0.25 s over `pass`", start + 0.25),
+        "`speculators convert --list-algorithms`": Bar("0.4 s over `pass`", start + 0.4),
+        "`speculators validate --level structure`": Bar("0.5 s over `pass`, 100 MB", start + 0.5, 100),
+        "convert, safetensors, `--no-validate`": Bar("1.3 x cp + 0.5 s, 150 MB", 1.3 * cp + 0.5, 150),
+        "convert, four times larger, `--no-validate`": Bar("1.3 x cp + 0.5 s, 150 MB", 1.3 * cp_large + 0.5, 150),
+        "convert, bin, `--no-validate`": Bar("1.5 x cp + `import torch`, 700 MB", 1.5 * cp_bin + torch, 700),
+        "convert, safetensors, validated (`forward`)": Bar(f"12 s, {validated:.0f} MB", 12, validated),
+    }
+    lines = [
+        f"{weight_bytes(head) / 1e9:.2f} GB ({weight_bytes(large) / 1e9:.2f} GB the larger one), "
+        f"medians of {rounds} runs, {described_machine()}:",
+        "",
+        "| what | seconds | from, to | peak MB | bar | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in rows.items():
+        bar = bars.get(name)
+        held = f"{bar.text} | {bar.verdict(each)}" if bar else "|"
+        lines.append(f"| {name} | {each.median:.2f} | {each.spread} | {each.peak:.0f} | {held} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How long one head of another size took to copy and to convert."""
+
+    name: str
+    size: float
+    shards: int
+    copied: Measured
+    converted: Measured
+
+
+def growth(folder: Path, rounds: int) -> list[Growth]:
+    """Measure other sizes and numbers of shards."""
+    out, found = folder / "out", []
+    for size, shards in [*((size, 1) for size in SIZES), *((SIZES[1], shards) for shards in SHARDS[1:])]:
+        options = ("--size", str(size), "--shards", str(shards), *GROWING)
+        head = make(folder / f"grown-{size // 1_000_000}-{shards}", *options)
+        name = f"{size / 1e9:g} GB in {shards} file{'s' * (shards > 1)}"
+        pair = copied(head, out), converted(head, out, "--no-validate")
+        found.append(Growth(name, weight_bytes(head) / 1e9, shards, *pair))
+    measure(rounds, [each for head in found for each in (head.copied, head.converted)])
+    return found
+
+
+def growth_table(found: list[Growth], start: float) -> str:
+    """Return the table of other sizes."""
+    lines = [
+        "| head | cp and fsync, s | convert, s | the same less its start, s per GB | peak MB |",
+        "|---|---|---|---|---|",
+    ]
+    for each in found:
+        taken = each.converted.median
+        lines.append(
+            f"| {each.name} | {each.copied.median:.2f} | {taken:.2f} | {(taken - start) / each.size:.2f} "
+            f"| {each.converted.peak:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: list[Growth]) -> None:
+    """Plot time and memory over size, with the sharded heads of one size beside."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "speculators"
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    whole = [each for each in found if each.shards == 1]
+    sharded = [each for each in found if each.shards > 1]
+    for label, color, seconds in (
+        ("convert", "tab:blue", lambda each: each.converted.median),
+        ("cp and fsync", "tab:gray", lambda each: each.copied.median),
+    ):
+        time.plot([each.size for each in whole], [seconds(each) for each in whole], "o-", color=color, label=label)
+        time.plot([each.size for each in sharded], [seconds(each) for each in sharded], "x", color=color)
+    memory.plot(
+        [each.size for each in whole], [each.converted.peak for each in whole], "o-", label="one file", color="tab:blue"
+    )
+    memory.plot(
+        [each.size for each in sharded],
+        [each.converted.peak for each in sharded],
+        "x",
+        label=" and ".join(str(each.shards) for each in sharded) + " files",
+        color="tab:blue",
+    )
+    time.set(xlabel="GB", ylabel="seconds", xlim=0, ylim=0, title="Time")
+    memory.set(xlabel="GB", ylabel="peak of resident memory, MB", xlim=0, ylim=(0, 150), title="Memory")
+    time.legend()
+    memory.legend()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def described_machine() -> str:
+    """Say on what this runs."""
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB of memory, "
+        f"{platform.system()} {platform.release().partition('-')[0]}, Python {platform.python_version()}"
+    )
 
 
 def main() -> None:
-    """Measure, and print Markdown."""
+    """Measure, print, and write the page if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "speculators-performance")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--existing", help="Python that has speculators 0.9.0")
-    parser.add_argument("--growth", action="store_true", help="also measure other sizes and numbers of shards")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md, with a plot")
     arguments = parser.parse_args()
-    folder, rounds = arguments.folder, arguments.rounds
-    out = folder / "out"
 
-    head, pickled = make(folder / "head"), make(folder / "head-bin", "--bin")
-    structure = folder / "structure"
-    if not structure.exists():
-        subprocess.run(converted(head, structure, "--no-validate").command, check=True, stdout=subprocess.DEVNULL)
-    measured = {
-        "`python -c pass`": Measured([sys.executable, "-c", "pass"]),
-        "`import torch`": Measured([sys.executable, "-c", "import torch"]),
-        "`speculators --help`": Measured([*SPECULATORS, "--help"]),
-        "`speculators convert --list-algorithms`": Measured([*SPECULATORS, "convert", "--list-algorithms"]),
-        "`validate --level structure`": Measured(
-            [*SPECULATORS, "validate", str(structure), "--level", "structure", "--verifier", str(head / "verifier")]
-        ),
-        "cp and fsync, safetensors": copied(head, out / "cp"),
-        "convert, safetensors, `--no-validate`": converted(head, out / "safe", "--no-validate"),
-        "cp and fsync, bin": copied(pickled, out / "cp-bin"),
-        "convert, bin, `--no-validate`": converted(pickled, out / "bin", "--no-validate"),
-        "convert, safetensors, default validation": converted(head, out / "checked"),
-    }
-    if arguments.existing:
-        measured["speculators 0.9.0, safetensors"] = existing(arguments.existing, head, out / "existing")
-    out.mkdir(exist_ok=True)
-    measure(rounds, measured)
-
-    print(f"{weight_bytes(head) / 1e9:.2f} GB, {rounds} rounds, medians\n")
-    print("| what | seconds | over cp | peak MB |\n|---|---|---|---|")
-    for name, each in measured.items():
-        base = measured["cp and fsync, bin" if "bin" in name else "cp and fsync, safetensors"].median
-        print(f"| {name} | {each.median:.2f} | {each.median / base:.2f} | {each.peak:.0f} |")
-    if not arguments.growth:
-        return
-
-    print("\n| head | GB | cp and fsync | convert | GB/s | peak MB |\n|---|---|---|---|---|---|")
-    heads = {name: make(folder / f"size-{size}", "--size", str(size)) for name, size in SIZES.items()}
-    for shards in SHARDS:
-        path = folder / f"shards-{shards}"
-        heads[f"{shards} shards"] = make(path, "--size", "2000000000", "--layers", "8", "--shards", str(shards))
-    for name, path in heads.items():
-        pair = {"cp": copied(path, out / "cp"), "convert": converted(path, out / "own", "--no-validate")}
-        measure(rounds, pair)
-        size, taken = weight_bytes(path) / 1e9, pair["convert"]
-        print(
-            f"| {name} | {size:.2f} | {pair['cp'].median:.2f} | {taken.median:.2f} "
-            f"| {size / taken.median:.2f} | {taken.peak:.0f} |"
-        )
+    table = main_table(arguments.folder, arguments.rounds, arguments.existing)
+    start = Measured([SPECULATORS, "convert", "--list-algorithms"])
+    grown = growth(arguments.folder, arguments.rounds)
+    measure(arguments.rounds, [start])
+    tables = {"bars": table, "growth": growth_table(grown, start.median)}
+    for text in tables.values():
+        print(text, end="\n\n")
+    if arguments.write:
+        page = PAGE.read_text()
+        for name, text in tables.items():
+            marked = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+            page = marked.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", page)
+        PAGE.write_text(page)
+        draw(grown)
 
 
 if __name__ == "__main__":

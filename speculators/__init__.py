@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from speculators.plan import Facts, match
     from speculators.registry import Registry
     from speculators.spec import Alternative, Context, ConverterSpec, Options, Original
-    from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table
+    from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
 
@@ -50,6 +50,7 @@ _HOMES = {
     "Drop": "table",
     "Facts": "plan",
     "Keep": "table",
+    "Merge": "table",
     "MismatchError": "errors",
     "OptionError": "errors",
     "Options": "spec",
@@ -63,6 +64,7 @@ _HOMES = {
     "Shared": "table",
     "SpeculatorConfig": "config",
     "SpeculatorsError": "errors",
+    "Split": "table",
     "Table": "table",
     "ValidationError": "errors",
     "Verifier": "verifier",
@@ -86,6 +88,7 @@ __all__ = [
     "Drop",
     "Facts",
     "Keep",
+    "Merge",
     "MismatchError",
     "OptionError",
     "Options",
@@ -99,6 +102,7 @@ __all__ = [
     "Shared",
     "SpeculatorConfig",
     "SpeculatorsError",
+    "Split",
     "Table",
     "ValidationError",
     "Verifier",

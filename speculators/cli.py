@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +13,7 @@ import speculators
 from speculators.errors import SpeculatorsError, ValidationError
 
 if TYPE_CHECKING:
-    from speculators.convert import ConversionResult, Progress
+    from speculators.convert import ConversionResult
     from speculators.registry import Algorithm, Registry
     from speculators.validation import Report
 
@@ -120,8 +118,9 @@ def convert(
         raise click.UsageError("--verifier is missing; it is the folder of the base model that MODEL drafts for")
     _refuse_clashes(algorithm_kwargs, _CONVERT_ARGUMENTS)
     from speculators.convert import convert_model
+    from speculators.progress import on_terminal
 
-    with _progress(quiet) as progress:
+    with on_terminal(quiet) as progress:
         result = convert_model(
             model,
             verifier=verifier,
@@ -137,27 +136,6 @@ def convert(
             **algorithm_kwargs,
         )
     click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(model, result))
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """Show bytes, rate and time left on a terminal; nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("writing")
-        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @cli.command(

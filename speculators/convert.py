@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +14,17 @@ from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import AlreadyConvertedError, MismatchError, OptionError, PluginError
 from speculators.operations import cast
 from speculators.output import Payload
-from speculators.plan import Comparison, Derivation, Facts, Move, Plan, match, plan
+from speculators.plan import Derivation, Facts, Move, Plan, match, plan
+from speculators.progress import Progress, unheard
 from speculators.registry import Algorithm, Registry
+from speculators.sharing import settle
 from speculators.spec import Context
 from speculators.verifier import Verifier
-from speculators.weights import CHUNK, Chunk, Extent, TensorInfo
+from speculators.weights import Chunk, Extent, TensorInfo
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.validation import Report
-
-Progress = Callable[[int, int], object]
 
 AUTO = "auto"
 """The algorithm name that asks the installed plugins to recognise the checkpoint."""
@@ -101,7 +100,7 @@ def convert_model(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = unheard,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
 ) -> ConversionResult:
@@ -119,7 +118,7 @@ def convert_model(
         dtype: Cast floating tensors to this dtype (``"float16"``, …); as stored by default.
         max_shard_size: Most bytes of tensors per file (``"5GB"``); one file by default.
         overwrite: Whether to replace a converted model at ``output_path``.
-        progress: Called with the bytes written so far and those of all tensors.
+        progress: Called with what is being done, and how many bytes of it are done of how many.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
 
@@ -129,7 +128,7 @@ def convert_model(
     """
     target, source = local_path(output_path), local_path(model)
     output.check_target(target, (source, local_path(verifier)), overwrite)
-    shard_size = None if max_shard_size is None else parse_size(max_shard_size)
+    shard_size = None if max_shard_size is None else output.parse_size(max_shard_size)
     if validate:
         from speculators.draft import find_device
         from speculators.validation import check, require_level
@@ -143,12 +142,14 @@ def convert_model(
         dtype=dtype,
         registry=registry or Registry(),
         algorithm_kwargs=algorithm_kwargs,
+        progress=progress,
     )
     spec = conversion.algorithm.spec
     report = None
     with output.staged(target, overwrite) as folder:
         write(conversion, folder, max_shard_size=shard_size, progress=progress)
         if validate:
+            progress("validating", 0, 0)
             report = check(
                 folder,
                 spec,
@@ -179,6 +180,7 @@ def prepare(
     dtype: str | None,
     registry: Registry,
     algorithm_kwargs: dict[str, Any],
+    progress: Progress = unheard,
 ) -> Conversion:
     """Read, recognise, plan and configure: all of a conversion but the writing."""
     source = Checkpoint(model)
@@ -203,7 +205,7 @@ def prepare(
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )
-    compared, dropped, notes = settle(planned, context)
+    compared, dropped, notes = settle(planned.comparisons, context, progress)
     config, more = spec.configure(context, facts)
     return Conversion(
         context,
@@ -255,76 +257,12 @@ def _advice(chosen: Algorithm, planned: Plan, registry: Registry) -> str:
     )
 
 
-def settle(planned: Plan, context: Context) -> tuple[list[Move], dict[str, str], list[str]]:
-    """Compare shareable tensors with the verifier's: those to write, those left out, and notes.
-
-    Raises:
-        MismatchError: A tensor differs from the verifier's and the output type has no room for it.
-    """
-    kept: list[Move] = []
-    dropped: dict[str, str] = {}
-    notes: list[str] = []
-    for comparison in planned.comparisons:
-        name, role = comparison.move.source, comparison.row.verifier
-        if getattr(context.options, f"use_verifier_{role}", False):
-            _require_verifier_shape(comparison, context)
-            dropped[name] = f"the verifier's {role} was asked for"
-            continue
-        if comparison.move.info.shape != context.verifier.shapes[role]:
-            kept.append(comparison.move)  # evidently its own: another width, or a draft vocabulary
-            continue
-        difference = _difference(comparison, context)
-        if difference is None:
-            dropped[name] = f"equal to the verifier's {role}"
-        elif comparison.row.own:
-            kept.append(comparison.move)
-            notes.append(f"{name} {difference}; it is kept")
-        else:
-            raise MismatchError(
-                f"{context.source.path} cannot be converted (nothing was written):",
-                [f"{name} {difference}, and the output type has no room for a draft's own {role}"],
-            )
-    return kept, dropped, notes
-
-
-def _require_verifier_shape(comparison: Comparison, context: Context) -> None:
-    expected = context.verifier.shapes[comparison.row.verifier]
-    if comparison.move.info.shape != expected:
-        raise OptionError(
-            f"{comparison.move.source} is {comparison.move.info} and cannot be replaced by the verifier's "
-            f"{comparison.row.verifier} {list(expected)}"
-        )
-
-
-def _difference(comparison: Comparison, context: Context) -> str | None:
-    """Say how a tensor differs from the verifier's in the draft's dtype; ``None`` when it is equal."""
-    move, role = comparison.move, comparison.row.verifier
-    name = context.verifier.find(role)
-    weights = context.verifier.weights
-    if name is None or weights is None:
-        return f"could not be compared with the verifier's {role}, which {context.verifier.name} does not hold"
-    rows, width = move.info.shape
-    stored = weights.tensors[name].dtype
-    step = max(1, CHUNK // (width * 8))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        try:
-            theirs = dtypes.cast(weights.rows(name, start, stop), stored, move.info.dtype)
-        except OverflowError:
-            return f"differs from the verifier's {role}"
-        except ValueError:
-            return f"could not be compared with the verifier's {role}, which is stored as {stored}"
-        if bytes(context.source.rows(move.source, start, stop)) != theirs:
-            return f"differs from the verifier's {role}"
-    return None
-
-
 def write(
     conversion: Conversion,
     folder: Path,
     *,
     max_shard_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = unheard,
 ) -> None:
     """Write config and weights of a prepared conversion into ``folder``.
 
@@ -332,7 +270,7 @@ def write(
         conversion: What to write.
         folder: Where to write.
         max_shard_size: Bytes of tensors per file; one file by default.
-        progress: Called with the bytes written so far and those of all tensors.
+        progress: Told about the bytes that were written.
 
     Raises:
         CheckpointError: The source was damaged, which its checksums show, or changed meanwhile.
@@ -343,27 +281,13 @@ def write(
     def report(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress(done, total)
+        progress("writing", done, total)
 
     (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
     with ThreadPoolExecutor(max_workers=1) as beside:
         verified = beside.submit(conversion.context.source.verify)
         output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
         verified.result()
-
-
-def parse_size(size: str | int) -> int:
-    """Return a number of bytes: ``5_000_000_000``, ``"5GB"`` or ``"500MB"``, in powers of 1000 as on the Hub.
-
-    Raises:
-        OptionError: It is no size, or zero.
-    """
-    found = re.fullmatch(r"(\d+) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
-    count = int(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper()) if found else 0
-    if not count:
-        raise OptionError(f"{size!r} is no size of a shard; write it as '5GB' or '500MB'")
-    return count
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:

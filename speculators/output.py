@@ -20,13 +20,13 @@ from pathlib import Path
 
 from speculators import dtypes
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import OutputError
+from speculators.errors import OptionError, OutputError
 from speculators.weights import CHUNK, Chunk, Extent, TensorInfo
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_NAME = "model-{number:05}-of-{count:05}.safetensors"
+SHARD_FILE = "model{suffix}.safetensors"
 OWN_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Every file that a conversion may write; nothing else is ever replaced."""
 
@@ -170,6 +170,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def parse_size(size: str | int) -> int:
+    """Return a number of bytes: ``5_000_000_000``, ``"5GB"`` or ``"500MB"``, in powers of 1000 as on the Hub.
+
+    Raises:
+        OptionError: It is no size, or zero.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper())) if found else 0
+    if not count:
+        raise OptionError(f"{size!r} is no size of a shard; write it as '5GB' or '500MB'")
+    return count
+
+
 def write_safetensors(
     folder: Path, payloads: Iterable[Payload], *, max_shard_size: int | None = None, report: Report = _unheard
 ) -> None:
@@ -184,31 +197,26 @@ def write_safetensors(
         max_shard_size: Bytes of tensors per file; a larger tensor has a file of its own. One file by default.
         report: Called with the number of bytes each time some were written.
     """
-    ordered = sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
-    shards = _shards(ordered, max_shard_size)
-    if len(shards) == 1:
-        _write_file(folder / WEIGHTS_FILE, shards[0], report)
+    ordered = {
+        payload.name: payload
+        for payload in sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
+    }
+    if max_shard_size is None or not ordered:
+        _write_file(folder / WEIGHTS_FILE, list(ordered.values()), report)
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SHARD_NAME.format(number=number, count=len(shards))
-        _write_file(folder / name, shard, report)
-        weight_map |= {payload.name: name for payload in shard}
-    total = sum(payload.info.nbytes for payload in ordered)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-
-def _shards(payloads: list[Payload], limit: int | None) -> list[list[Payload]]:
-    shards: list[list[Payload]] = [[]]
-    size = 0
-    for payload in payloads:
-        if limit is not None and shards[-1] and size + payload.info.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(payload)
-        size += payload.info.nbytes
-    return shards
+    split = split_state_dict_into_shards_factory(
+        ordered,
+        get_storage_size=lambda payload: payload.info.nbytes,
+        filename_pattern=SHARD_FILE,
+        max_shard_size=max_shard_size,
+    )
+    for name, held in split.filename_to_tensors.items():
+        _write_file(folder / name, [ordered[tensor] for tensor in held], report)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_file(path: Path, payloads: list[Payload], report: Report) -> None:

@@ -274,11 +274,15 @@ class _Builder:
         if len({each.row for each in found}) < len(found) or len({type(each.row) for each in found}) > 1:
             self.wrong.append(f"{' and '.join(names)} both hold {target}: only one can be meant")
             return
-        infos = [self.tensors[name] for name in names]
-        odd = [f"{name} is {info}" for name, info in zip(names, infos, strict=True) if info.dtype not in row.dtypes]
-        self.wrong += [f"{line}, expected {' or '.join(row.dtypes)}" for line in odd]
-        if len({info.dtype for info in infos}) > 1:
-            self.wrong.append(f"the pieces of {target} differ in dtype: {', '.join(info.dtype for info in infos)}")
+        infos = {name: self.tensors[name] for name in names}
+        self.wrong += [
+            f"{name} is {info}, expected {' or '.join(row.dtypes)}"
+            for name, info in infos.items()
+            if info.dtype not in row.dtypes
+        ]
+        if len({info.dtype for info in infos.values()}) > 1:
+            kinds = ", ".join(f"{name} is {info}" for name, info in infos.items())
+            self.wrong.append(f"the pieces of {target} differ in dtype: {kinds}")
         if isinstance(found[0].row, Split):
             self.cut(found[0], row, target, expected)
         else:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from speculators.operations import Cut, join
 from speculators.plan import Derivation, Facts, Move, Plan, fold, match, plan
-from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table
+from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
 from speculators.weights import TensorInfo
 
 DIMS = {"H": 4, "V": 8, "L": 2}
@@ -420,3 +421,120 @@ def test_fold_keeps_tensors_of_different_shapes_apart() -> None:
     tensors = {"layers.0.w": f32(4, 4), "layers.1.w": f32(4, 4), "layers.2.w": f32(8)}
 
     assert fold(tensors, tensors) == ["layers.{0…1}.w F32 [4, 4]", "layers.2.w F32 [8]"]
+
+
+FUSED = (
+    Rename("layers.{0:L}.gate", "mlp.{0:L}.gate", "I, H"),
+    Rename("layers.{0:L}.up", "mlp.{0:L}.up", "2*I, H"),
+    Split("layers.{0:L}.gate_up", ("mlp.{0:L}.gate", "mlp.{0:L}.up")),
+)
+JOINED = (
+    Keep("qkv", "3*H, H"),
+    Merge("(q|query)", "qkv", 0, "H, H"),
+    Merge("kv", "qkv", 1, "2*H, H"),
+)
+
+
+def test_a_tensor_that_holds_several_is_cut_into_them() -> None:
+    result = planned(FUSED, {"layers.0.gate_up": f32(9, 4)}, dims={"L": 1, "I": 3, "H": 4})
+
+    assert result == Plan(
+        derivations=(
+            Derivation("mlp.0.gate", ("layers.0.gate_up",), (3, 4), Cut(0), "a piece of layers.0.gate_up"),
+            Derivation("mlp.0.up", ("layers.0.gate_up",), (6, 4), Cut(12), "a piece of layers.0.gate_up"),
+        )
+    )
+
+
+def test_tensors_that_are_stored_apart_need_no_cutting() -> None:
+    tensors = {"layers.0.gate": f32(3, 4), "layers.0.up": f32(6, 4)}
+
+    result = planned(FUSED, tensors, dims={"L": 1, "I": 3, "H": 4})
+
+    assert [move.target for move in result.moves] == ["mlp.0.gate", "mlp.0.up"]
+    assert result.derivations == ()
+
+
+def test_pieces_are_joined_in_the_order_of_their_places() -> None:
+    result = planned(JOINED, {"kv": f32(8, 4), "query": f32(4, 4)})
+
+    assert result == Plan(derivations=(Derivation("qkv", ("query", "kv"), (12, 4), join, "joined from query, kv"),))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tensors", "finding"),
+    [
+        pytest.param(
+            FUSED,
+            {"layers.0.gate_up": f32(8, 4)},
+            "layers.0.gate_up is F32 [8, 4], expected [9, 4] for its pieces [3, 4] and [6, 4]",
+            id="a larger tensor of another size",
+        ),
+        pytest.param(
+            FUSED,
+            {"layers.0.gate_up": TensorInfo("I8", (9, 4))},
+            "layers.0.gate_up is I8 [9, 4], expected F64 or F32 or F16 or BF16",
+            id="a larger tensor of another kind",
+        ),
+        pytest.param(
+            FUSED,
+            {"layers.0.gate_up": f32(9, 4), "layers.0.up": f32(6, 4)},
+            "layers.0.gate_up holds mlp.0.up, which is stored as layers.0.up too: only one can be meant",
+            id="a piece that is stored by itself too",
+        ),
+        pytest.param(
+            FUSED,
+            {"layers.0.gate_up": f32(9, 4), "layers.7.gate_up": f32(9, 4)},
+            "layers.7.gate_up holds mlp.7.gate, which the draft does not have",
+            id="a layer too many",
+        ),
+        pytest.param(
+            JOINED,
+            {"q": f32(4, 4)},
+            "missing: kv [2*H, H], a piece of qkv",
+            id="a missing piece",
+        ),
+        pytest.param(
+            JOINED,
+            {"q": f32(8, 4), "kv": f32(4, 4)},
+            "q is F32 [8, 4], expected [H, H] = [4, 4]",
+            id="pieces of other shapes that fill it",
+        ),
+        pytest.param(
+            JOINED,
+            {"q": f32(4, 4), "query": f32(4, 4), "kv": f32(8, 4)},
+            "kv and q and query both hold qkv: only one can be meant",
+            id="a piece under two names",
+        ),
+        pytest.param(
+            JOINED,
+            {"q": f32(4, 4), "kv": TensorInfo("F16", (8, 4))},
+            "the pieces of qkv differ in dtype: kv is F16 [8, 4], q is F32 [4, 4]",
+            id="pieces of two dtypes",
+        ),
+        pytest.param(
+            (Keep("ab", "V, H"), Merge("a", "ab", 0, "H, H"), Merge("b", "ab", 1, "H")),
+            {"a": f32(4, 4), "b": f32(4)},
+            "a and b do not fill ab [V, H] = [8, 4]",
+            id="pieces that do not fill it",
+        ),
+        pytest.param(
+            JOINED,
+            {"q": f32(4, 4), "kv": f32(8, 4), "qkv": f32(12, 4)},
+            "kv holds qkv, which is stored as qkv too: only one can be meant",
+            id="pieces beside the whole",
+        ),
+    ],
+)
+def test_pieces_that_do_not_fit_are_findings(
+    rows: tuple[Row, ...], tensors: Mapping[str, TensorInfo], finding: str
+) -> None:
+    result = planned(rows, tensors, dims={"L": 1, "I": 3, "H": 4, "V": 8})
+
+    assert finding in result.findings
+
+
+def test_a_larger_tensor_of_another_size_is_one_finding() -> None:
+    result = planned(FUSED, {"layers.0.gate_up": f32(8, 4)}, dims={"L": 1, "I": 3, "H": 4})
+
+    assert len(result.findings) == 1

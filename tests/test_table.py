@@ -6,7 +6,21 @@ from collections.abc import Callable
 
 import pytest
 
-from speculators.table import Derive, Drop, Keep, Refuse, Rename, Row, Shared, Table, evaluate, fill, symbols
+from speculators.table import (
+    Derive,
+    Drop,
+    Keep,
+    Merge,
+    Refuse,
+    Rename,
+    Row,
+    Shared,
+    Split,
+    Table,
+    evaluate,
+    fill,
+    symbols,
+)
 
 
 @pytest.mark.parametrize(
@@ -303,3 +317,50 @@ def test_an_unknown_symbol_cannot_be_evaluated() -> None:
 )
 def test_fill(pattern: str, numbers: tuple[int, ...], expected: str) -> None:
     assert fill(pattern, numbers) == expected
+
+
+QKV = (Keep("q", "Q, H"), Keep("k", "K, H"), Keep("v", "K, H"))
+
+
+def test_a_split_row_names_pieces_that_rows_write() -> None:
+    split = Split("qkv", ("q", "k", "v"))
+
+    assert Table((*QKV, split)).reworked == (split,)
+    with pytest.raises(ValueError, match="row 'qkv': no row writes 'z'"):
+        Table((*QKV, Split("qkv", ("q", "k", "z"))))
+
+
+def test_a_merged_row_is_a_piece_of_a_tensor_that_a_row_writes() -> None:
+    whole = Keep("gate_up", "2*I, H")
+    up, gate = Merge("up", "gate_up", 1, "I, H"), Merge("gate", "gate_up", 0, "I, H")
+
+    assert Table((whole, up, gate)).pieces("gate_up") == (gate, up)
+    with pytest.raises(ValueError, match="row 'gate': no row writes 'gate_up'"):
+        Table((gate,))
+
+
+@pytest.mark.parametrize("places", [(0, 0), (1, 2), (0, 2)], ids=str)
+def test_pieces_are_numbered_from_0(places: tuple[int, ...]) -> None:
+    pieces = [Merge(name, "ab", place, "H") for name, place in zip("ab", places, strict=True)]
+
+    with pytest.raises(ValueError, match=r"the pieces of 'ab' are numbered"):
+        Table((Keep("ab", "2*H"), *pieces))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        pytest.param(lambda: Split("layers.*.qkv", ("q",)), "a written tensor needs exact names", id="wildcard"),
+        pytest.param(lambda: Split("layers.{0:L}.qkv", ("q",)), "the numbered places differ", id="no place"),
+        pytest.param(lambda: Merge("up", "layers.{0:L}.up", 0, "I, H"), "the numbered places differ", id="one place"),
+        pytest.param(lambda: Merge("up", "gate_up", 0, "I, -1"), "malformed shape", id="shape"),
+    ],
+)
+def test_a_split_or_merged_row_checks_itself(row: Callable[[], Row], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        row()
+
+
+def test_a_split_tensor_cannot_be_written_whole_too() -> None:
+    with pytest.raises(ValueError, match=r"rows 'q' and '\(q\|qkv\)' both match 'q'"):
+        Table((*QKV, Split("(q|qkv)", ("k", "v"))))

@@ -1,0 +1,41 @@
+"""How long work tells what it has done so far."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str, int, int], object]
+"""Called with what is being done, how many bytes of it are done, and how many there are; 0 if nobody knows."""
+
+
+def unheard(task: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def on_terminal(quiet: bool = False) -> Iterator[Progress]:
+    """Show bytes, rate and time left where standard error is a terminal, and nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield unheard
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    tasks: dict[str, bars.TaskID] = {}
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+
+        def show(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = shown.add_task(task, total=total or None)
+            shown.update(tasks[task], completed=done)
+
+        yield show

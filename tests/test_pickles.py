@@ -1,0 +1,302 @@
+"""Pickled PyTorch files: exact bytes, read from where they lie, and nothing in them executed."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from speculators import CheckpointError
+from speculators.pickles import PickleFile
+from speculators.weights import Extent, TensorInfo, pieces, read
+
+
+class Evil:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ask the unpickler to create the folder."""
+        return Path.mkdir, (self.folder,)
+
+
+def content(file: PickleFile, name: str) -> bytes:
+    """Read a whole tensor."""
+    return bytes(read(file.stretch(name, 0, file.tensors[name].nbytes)))
+
+
+def storage_key(path: Path) -> bytes:
+    """Return the name that a legacy pickle of one tensor gives its storage."""
+    return re.findall(rb"[0-9]{8,}", path.read_bytes())[-1]
+
+
+def test_a_pickled_tensor_larger_than_a_chunk_arrives_exactly_in_pieces(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes((8 << 20) + 4)
+    torch.save({"a": torch.frombuffer(bytearray(data), dtype=torch.float32)}, tmp_path / "x.bin")
+
+    found = list(pieces(PickleFile(tmp_path / "x.bin").stretch("a", 0, len(data))))
+
+    assert [len(piece) for piece in found] == [8388608, 4]
+    assert b"".join(found) == data
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_a_pickle_that_would_execute_code_is_refused_and_does_not_execute_it(legacy: bool, tmp_path: Path) -> None:
+    evil = {"a": torch.ones(2), "b": Evil(tmp_path / "executed")}
+    torch.save(evil, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
+
+    with pytest.raises(CheckpointError, match=r"x\.bin is refused.*Nothing in it was executed"):
+        PickleFile(tmp_path / "x.bin")
+
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        pytest.param({"state_dict": {"a": torch.ones(2)}}, "holds a dict of 'state_dict': dict", id="nested"),
+        pytest.param({"a": torch.ones(2), "epoch": 3}, "'epoch': int", id="a number beside tensors"),
+        pytest.param([torch.ones(2)], "holds a list", id="list"),
+        pytest.param(torch.ones(2), "holds a Tensor", id="one tensor"),
+    ],
+)
+def test_a_pickle_of_something_else_than_tensors_by_name_is_refused(
+    saved: object, message: str, tmp_path: Path
+) -> None:
+    torch.save(saved, tmp_path / "x.bin")
+
+    with pytest.raises(CheckpointError, match=rf"x\.bin {message}|x\.bin holds .*{message}") as caught:
+        PickleFile(tmp_path / "x.bin")
+
+    assert "Save the module's state_dict() by itself." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.ones(2).to_sparse(), id="sparse"),
+        pytest.param(torch.ones(2, dtype=torch.complex64), id="complex"),
+        pytest.param(torch.ones(2, device="meta"), id="without data"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"a": tensor}, tmp_path / "x.bin")
+
+    with pytest.raises(CheckpointError, match=r"x\.bin stores tensor 'a' in a way that is not supported"):
+        PickleFile(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1\n", id="pointer of git-lfs"),
+        pytest.param(b"<!DOCTYPE html>", id="web page"),
+        pytest.param(b"PK\3\4", id="start of an archive"),
+        pytest.param(b"\x80\2.", id="pickle of nothing"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_a_file_that_is_no_pytorch_file_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=r"x\.bin"):
+        PickleFile(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_a_truncated_pickle_is_refused_wherever_it_ends(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=not legacy)
+    data = path.read_bytes()
+
+    for size in range(0, len(data), 7):
+        path.write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match=r"x\.bin"):
+            PickleFile(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_a_legacy_pickle_whose_storages_are_lost_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    before, key, after = path.read_bytes().rpartition(storage_key(path))
+    path.write_bytes(before + b"0" * len(key) + after)
+
+    with pytest.raises(CheckpointError, match=r"x\.bin"):
+        PickleFile(path)
+
+
+def test_strided_and_shared_tensors_are_read_exactly(tmp_path: Path) -> None:
+    base = torch.arange(12, dtype=torch.int32).view(3, 4)
+    saved = {"whole": base, "transposed": base.T, "row": base[1], "column": base[:, 2], "once more": base}
+    saved["expanded"] = torch.tensor([7], dtype=torch.int32).expand(3)
+    torch.save(saved, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    found = {name: np.frombuffer(content(file, name), "<i4").tolist() for name in file.tensors}
+    assert found == {
+        "whole": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        "transposed": [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11],
+        "row": [4, 5, 6, 7],
+        "column": [2, 6, 10],
+        "once more": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        "expanded": [7, 7, 7],
+    }
+    assert file.tensors["transposed"] == TensorInfo("I32", (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "info", "data"),
+    [
+        (torch.tensor([1.0, -2.0], dtype=torch.bfloat16), TensorInfo("BF16", (2,)), b"\x80\x3f\x00\xc0"),
+        (torch.tensor([1.0, -2.0], dtype=torch.float16), TensorInfo("F16", (2,)), b"\x00\x3c\x00\xc0"),
+        (torch.tensor([True, False]), TensorInfo("BOOL", (2,)), b"\1\0"),
+        (torch.tensor(258), TensorInfo("I64", ()), b"\2\1\0\0\0\0\0\0"),
+        (torch.empty(0, 4), TensorInfo("F32", (0, 4)), b""),
+        (torch.tensor([1.0]).to(torch.float8_e4m3fn), TensorInfo("F8_E4M3", (1,)), b"\x38"),
+        (torch.nn.Parameter(torch.ones(1)), TensorInfo("F32", (1,)), b"\x00\x00\x80\x3f"),
+    ],
+    ids=["bfloat16", "float16", "bool", "scalar", "empty", "float8", "parameter"],
+)
+def test_every_kind_of_pickled_tensor_is_read_exactly(
+    tensor: torch.Tensor, info: TensorInfo, data: bytes, tmp_path: Path
+) -> None:
+    torch.save({"a": tensor}, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert file.tensors == {"a": info}
+    assert content(file, "a") == data
+
+
+def test_a_pickle_in_the_format_of_before_1_6_is_read_with_a_warning(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([1, 2])}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+
+    with pytest.warns(UserWarning, match=r"x\.bin is in PyTorch's format of before 1\.6"):
+        file = PickleFile(tmp_path / "x.bin")
+
+    assert content(file, "a") == b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"
+
+
+def lies(file: PickleFile, name: str) -> bool:
+    """Tell whether a tensor's bytes are where the file is said to hold them."""
+    found = file.stretch(name, 0, file.tensors[name].nbytes)
+    assert isinstance(found, Extent), name
+    return found.path.read_bytes()[found.start : found.start + found.size] == bytes(read(found))
+
+
+def rezip(
+    path: Path, order: Callable[[list[str]], list[str]] = list, compression: int = zipfile.ZIP_STORED
+) -> zipfile.ZipFile:
+    """Pack a file anew as other tools would: in another order, compressed, without torch's alignment."""
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name in order(list(content)):
+            archive.writestr(name, content[name])
+    return archive
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_tensors_of_one_size_are_found_each_in_its_place(count: int, tmp_path: Path) -> None:
+    saved = {str(number): torch.full((100,), number) for number in range(count)}
+    torch.save(saved, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert {name: np.frombuffer(content(file, name), "<i8").tolist() for name in file.tensors} == {
+        str(number): [number] * 100 for number in range(count)
+    }
+    assert all(lies(file, name) for name in file.tensors)
+
+
+def test_views_are_copied_from_within_their_storage(tmp_path: Path) -> None:
+    base = torch.arange(12, dtype=torch.int32).view(3, 4)
+    torch.save({"rows": base[1:], "turned": base.T, "negative": torch._neg_view(base)}, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert lies(file, "rows")
+    assert np.frombuffer(content(file, "rows"), "<i4").tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert not isinstance(file.stretch("turned", 0, 48), Extent)
+    assert not isinstance(file.stretch("negative", 0, 48), Extent)
+    assert np.frombuffer(content(file, "negative"), "<i4").tolist() == [-number for number in range(12)]
+
+
+def test_a_file_that_was_packed_anew_in_another_order_is_read_exactly(tmp_path: Path) -> None:
+    saved = {str(number): torch.full((100,), number) for number in range(4)}
+    torch.save(saved, tmp_path / "x.bin")
+    rezip(tmp_path / "x.bin", order=lambda names: names[::-1])
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert {name: np.frombuffer(content(file, name), "<i8").tolist() for name in file.tensors} == {
+        str(number): [number] * 100 for number in range(4)
+    }
+    file.verify()
+
+
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_a_compressed_file_is_read_with_a_warning(size: int, tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(size)}, tmp_path / "x.bin")
+    rezip(tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED)
+
+    with pytest.warns(UserWarning, match=r"x\.bin is compressed and is read into memory whole"):
+        file = PickleFile(tmp_path / "x.bin")
+
+    assert np.array_equal(np.frombuffer(content(file, "a"), "<i8"), np.arange(size))
+
+
+def test_numbers_whose_bytes_are_reversed_are_put_in_order(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([1, 2])}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries |= {"x/byteorder": b"big", "x/data/0": b"\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\2"}
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert content(file, "a") == b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"
+
+
+def test_a_tensor_that_would_reach_into_the_next_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(100), "b": torch.arange(200)}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries["x/data/0"] = entries["x/data/0"][:80]
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+    with pytest.raises(CheckpointError, match=r"x\.bin is damaged: a tensor of it takes 800 bytes.*none of that size"):
+        PickleFile(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("listing", [None, "", "7f00-7f01 r--p 0 fe:00 1"], ids=["none", "empty", "of something else"])
+def test_a_system_that_does_not_tell_what_is_mapped_reads_the_same(
+    listing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if listing is not None:
+        (tmp_path / "maps").write_text(listing)
+    monkeypatch.setattr("speculators.pickles.MAPPINGS", tmp_path / "maps")
+    torch.save({"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4])}, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert not isinstance(file.stretch("a", 0, 16), Extent)
+    assert content(file, "a") == b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"
+    assert bytes(read(file.stretch("b", 8, 16))) == b"\4\0\0\0\0\0\0\0"
