@@ -4,8 +4,8 @@
 
 What `speculators.output` does was chosen by this. Each way runs in a process of its own; all write what
 FILE holds, in the same order, into a file beside it, and sync it. The seconds include the start of a
-process, which the first row shows. ``safetensors`` is the library's ``serialize_file``, given pointers
-into a memory map of FILE.
+process, which the first row shows. The last way is the safetensors library's ``serialize_file``, given
+pointers into a memory map of FILE.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def safetensors(source: Path, target: Path) -> None:
 
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I64": "int64", "BOOL": "bool"}
 
+SAFETENSORS = "safetensors, from pointers into a memory map"
+
 WAYS: dict[str, Callable[[int, int, int], None]] = {
     "copy_file_range": in_kernel,
     "copy_file_range, synced beside": in_kernel_synced_beside,
@@ -107,35 +109,38 @@ WAYS: dict[str, Callable[[int, int, int], None]] = {
 }
 
 
+def table(source: Path, rounds: int) -> str:
+    """Measure every way, and return the table."""
+    target = source.with_suffix(".copy")
+    script = [sys.executable, __file__, str(source), "--way"]
+    measured = {
+        "`python -c pass`": Measured([sys.executable, "-c", "pass"]),
+        "cp and fsync": Measured(["sh", "-c", f"cp '{source}' '{target}' && sync '{target}'"], target),
+        **{way: Measured([*script, way], target) for way in (*WAYS, SAFETENSORS)},
+    }
+    measure(rounds, measured.values())
+    base = measured["cp and fsync"].median
+    lines = ["| way | seconds | from, to | over cp | peak MB |", "|---|---|---|---|---|"]
+    for way, each in measured.items():
+        lines.append(f"| {way} | {each.median:.2f} | {each.spread} | {each.median / base:.2f} | {each.peak:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Measure every way, and print Markdown."""
+    """Measure every way and print Markdown, or go one way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     source = arguments.file.resolve()
-    target = source.with_suffix(".copy")
-    if arguments.way == "safetensors":
-        safetensors(source, target)
-        return
-    if arguments.way:
-        with source.open("rb") as reading, target.open("wb") as writing:
+    if arguments.way is None:
+        print(table(source, arguments.rounds))
+    elif arguments.way == SAFETENSORS:
+        safetensors(source, source.with_suffix(".copy"))
+    else:
+        with source.open("rb") as reading, source.with_suffix(".copy").open("wb") as writing:
             WAYS[arguments.way](reading.fileno(), writing.fileno(), source.stat().st_size)
-        return
-
-    script = [sys.executable, __file__, str(source), "--way"]
-    measured = {
-        "`python -c pass`": Measured([sys.executable, "-c", "pass"]),
-        "cp and fsync": Measured(["sh", "-c", f"cp '{source}' '{target}' && sync '{target}'"], target),
-        **{way: Measured([*script, way], target) for way in (*WAYS, "safetensors")},
-    }
-    measure(arguments.rounds, measured.values())
-    base = measured["cp and fsync"].median
-    print(f"{source.stat().st_size / 1e9:.2f} GB, medians of {arguments.rounds}\n")
-    print("| way | seconds | from, to | over cp | peak MB |\n|---|---|---|---|---|")
-    for way, each in measured.items():
-        print(f"| {way} | {each.median:.2f} | {each.spread} | {each.median / base:.2f} | {each.peak:.0f} |")
 
 
 if __name__ == "__main__":

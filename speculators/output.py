@@ -235,16 +235,18 @@ def _write_file(path: Path, payloads: list[Payload], report: Report) -> None:
     with path.open("wb", buffering=0) as file, _syncing(file, report) as written:
         _write(file, struct.pack("<Q", len(text)) + text)
         for payload in payloads:
-            start = file.tell()
-            for chunk in payload.chunks:
-                if isinstance(chunk, Extent):
-                    _copy(chunk, file, written)
-                else:
-                    written(_write(file, chunk))
-            if file.tell() - start != payload.info.nbytes:
-                raise RuntimeError(
-                    f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}"
-                )
+            _write_tensor(file, payload, written)
+
+
+def _write_tensor(file: FileIO, payload: Payload, report: Report) -> None:
+    start = file.tell()
+    for chunk in payload.chunks:
+        if isinstance(chunk, Extent):
+            _copy(chunk, file, report)
+        else:
+            report(_write(file, chunk))
+    if file.tell() - start != payload.info.nbytes:
+        raise RuntimeError(f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}")
 
 
 @contextmanager
@@ -269,9 +271,10 @@ def _syncing(file: FileIO, report: Report) -> Iterator[Report]:
 
 def _write(file: FileIO, data: bytes | memoryview) -> int:
     rest = memoryview(data).cast("B")
+    size = len(rest)
     while rest:
         rest = rest[file.write(rest) :]
-    return len(data)
+    return size
 
 
 def _copy(extent: Extent, target: FileIO, report: Report) -> None:

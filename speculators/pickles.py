@@ -56,17 +56,32 @@ class PickleFile:
 
     def stretch(self, name: str, start: int, stop: int) -> Extent | memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor."""
-        tensor = self._tensors[name]
-        storage = self._starts.get(tensor.untyped_storage().data_ptr())
-        if storage is not None and tensor.is_contiguous() and not tensor.is_neg():
-            first = storage + int(tensor.storage_offset()) * tensor.element_size()
-            return Extent(self.path, self._file, first + start, stop - start)
+        stored = self._stored(name)
+        if stored is not None and self._tensors[name].is_contiguous():
+            return stored.part(start, stop)
         if self._flat is None or self._flat[0] != name:
-            import torch
-
-            flat = tensor.resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
-            self._flat = (name, flat.data)
+            self._flat = None  # no two at a time
+            self._flat = (name, self._lay_out(name, stored))
         return self._flat[1][start:stop]
+
+    def _stored(self, name: str) -> Extent | None:
+        """Return where the file holds all elements of a tensor, perhaps with others between them."""
+        tensor = self._tensors[name]
+        start = self._starts.get(tensor.untyped_storage().data_ptr())
+        if start is None or tensor.is_neg():
+            return None
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        first = start + int(tensor.storage_offset()) * tensor.element_size()
+        return Extent(self.path, self._file, first, span * tensor.element_size() if tensor.numel() else 0)
+
+    def _lay_out(self, name: str, stored: Extent | None) -> memoryview:
+        import torch
+
+        tensor = self._tensors[name]
+        if stored is not None:  # pages of a mapping would stay in memory
+            elements = dtypes.tensor(stored.read(), self.tensors[name].dtype)
+            tensor = elements.as_strided(tensor.shape, tensor.stride())
+        return tensor.resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
     def verify(self) -> None:
         """Check the checksums of an archive, which torch does not look at when it maps one.

@@ -21,14 +21,22 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
         yield unheard
         return
     from rich import progress as bars
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+
+    class Known(bars.ProgressColumn):
+        """Another column, left empty where nobody knows how much there is to do."""
+
+        def __init__(self, column: bars.ProgressColumn) -> None:
+            super().__init__()
+            self.column = column
+
+        def render(self, task: bars.Task) -> RenderableType:
+            return self.column(task) if task.total else ""
 
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
+        *map(Known, (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())),
     )
     tasks: dict[str, bars.TaskID] = {}
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:

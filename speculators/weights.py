@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from speculators import dtypes
 from speculators.errors import CheckpointError
 
-CHUNK = 8 << 20
-"""Bytes moved at a time; large enough to keep a disk busy, small enough not to matter."""
+CHUNK = 4 << 20
+"""Bytes read at a time: enough that a buffer costs little beside filling it, too few to weigh in memory."""
 
 MAX_HEADER = 100_000_000
 """The limit that the safetensors library itself puts on a header, in bytes."""
@@ -78,10 +78,11 @@ def read(chunk: Chunk) -> bytes | memoryview:
 
 def pieces(chunk: Chunk) -> Iterator[memoryview]:
     """Yield the bytes of a chunk, at most `CHUNK` at a time."""
-    size = chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
+    whole = chunk if isinstance(chunk, Extent) else memoryview(chunk).cast("B")
+    size = whole.size if isinstance(whole, Extent) else len(whole)
     for start in range(0, size, CHUNK):
         stop = min(start + CHUNK, size)
-        yield chunk.part(start, stop).read() if isinstance(chunk, Extent) else memoryview(chunk)[start:stop]
+        yield whole.part(start, stop).read() if isinstance(whole, Extent) else whole[start:stop]
 
 
 class WeightFile(Protocol):

@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Tensors, 
         if safe:
             save_file(shard, folder / name, {"format": "pt"})
         else:
-            torch.save(shard, folder / name)
+            torch.save(shard, folder / name, _use_new_zipfile_serialization=layout != "legacy-bin")
     if len(shards) > 1:
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DATA, VERIFIER, Copy
+from checkpoints import DATA, VERIFIER, Copy, read_tensors
 from click.testing import CliRunner, Result
 
 from speculators.cli import cli
@@ -156,6 +160,78 @@ def test_control_characters_in_names_are_escaped(variant: Copy, tmp_path: Path) 
 
     assert "\x1b" not in result.output
     assert r"evil\x1b[2Jname" in result.output
+
+
+def on_a_terminal(*arguments: str | Path) -> tuple[str, str]:
+    """Run the command with a terminal as standard error; return what it prints there and on standard output."""
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "speculators", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=TERMINAL) as process:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # how the end of a terminal reads
+            while data := os.read(screen, 4096):
+                shown += data
+        output = process.stdout.read() if process.stdout else ""
+    os.close(screen)
+    assert process.returncode == 0, shown
+    return shown.decode(), output
+
+
+TERMINAL = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+
+
+def test_a_terminal_shows_progress(tmp_path: Path) -> None:
+    arguments = ("convert", DATA / "eagle1-fc-bias", "--verifier", VERIFIER, "--output-path", tmp_path / "out")
+
+    shown, output = on_a_terminal(*arguments)
+
+    assert "comparing embed_tokens" in shown
+    assert re.search(r"writing .*\d+\.\d/\d+\.\d kB", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown))
+    assert "validating" in shown
+    assert output.endswith(f"Wrote {tmp_path / 'out'}\n")
+    assert "writing" not in output
+
+
+def test_quiet_shows_no_progress(tmp_path: Path) -> None:
+    arguments = ("convert", DATA / "eagle1-fc-bias", "--verifier", VERIFIER, "--output-path", tmp_path / "out")
+
+    shown, output = on_a_terminal(*arguments, "--quiet")
+
+    assert shown == ""
+    assert output.endswith(f"Wrote {tmp_path / 'out'}\n")
+
+
+def test_a_pipe_shows_no_progress(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "speculators", "convert", str(DATA / "eagle3"), "--verifier", str(VERIFIER)]
+
+    result = subprocess.run([*command, "--output-path", str(tmp_path / "out")], capture_output=True, check=True)
+
+    assert result.stderr == b""
+
+
+def test_shards_can_be_asked_for(tmp_path: Path) -> None:
+    result = convert(tmp_path, "--max-shard-size", "100KB")
+
+    assert result.exit_code == 0, result.output
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert run("validate", tmp_path / "out", "--source", DATA / "eagle3").exit_code == 0
+    sharded = read_tensors(tmp_path / "out")
+    assert convert(tmp_path, "--overwrite").exit_code == 0
+    whole = read_tensors(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sharded.keys() == whole.keys()
+    assert all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+
+def test_an_impossible_shard_size_is_wrong_usage(tmp_path: Path) -> None:
+    result = convert(tmp_path, "--max-shard-size", "many")
+
+    assert result.exit_code == 2
+    assert "'many' is no size of a shard; write it as '5GB' or '500MB'" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_list_algorithms_shows_what_each_plugin_brings() -> None:

@@ -86,7 +86,8 @@ def test_eagle_and_hass_convert_a_head_without_norms_to_the_same_bytes(name: str
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("layout", ["safetensors", "bin", "sharded-safetensors", "sharded-bin"])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "legacy-bin", "sharded-safetensors", "sharded-bin"])
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
 def test_the_layout_of_the_source_does_not_matter(name: str, layout: str, variant: Copy, tmp_path: Path) -> None:
     convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "from-original")
 
@@ -367,6 +368,44 @@ def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     convert_model(DATA / "eagle1-no-bias", verifier=VERIFIER, output_path=tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_readers_see_the_previous_output_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_model(DATA / "eagle1-no-bias", verifier=VERIFIER, output_path=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    seen: dict[str, int] = {}
+
+    def look(task: str, done: int, total: int) -> None:
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        seen[task] = seen.get(task, 0) + 1
+
+    convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=out, overwrite=True, progress=look)
+
+    assert seen.keys() == {"writing", "validating"}
+    assert seen["writing"] > 10
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    convert_model(
+        DATA / "eagle1-no-bias",
+        verifier=VERIFIER,
+        output_path=tmp_path / "out",
+        validate=False,
+        progress=lambda *call: calls.append(call),
+    )
+
+    tensors = read_tensors(tmp_path / "out").values()
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    written = [call for call in calls if call[0] == "writing"]
+    assert written[-1] == ("writing", total, total)
+    assert [done for _, done, _ in written] == sorted({done for _, done, _ in written})
+    shared = read_tensors(VERIFIER)["model.embed_tokens.weight"]
+    compared = shared.numel() * 2  # the head is stored in bfloat16
+    assert calls[0] == ("comparing embed_tokens", compared, compared)
 
 
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import DATA, VERIFIER
+from checkpoints import DATA, VERIFIER, Copy
 
 import speculators
 from speculators import convert_model
@@ -30,6 +30,29 @@ def test_help_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
 
     assert "speculators.cli" in loaded
     assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "unneeded"),
+    [
+        ("safetensors", [], {"torch", "transformers", "safetensors", "huggingface_hub", "rich"}),
+        ("safetensors", ["--dtype", "bfloat16"], {"torch", "transformers", "safetensors", "huggingface_hub", "rich"}),
+        ("safetensors", ["--max-shard-size", "1MB"], {"torch", "transformers", "safetensors", "rich"}),
+        ("bin", [], {"transformers", "safetensors", "huggingface_hub", "rich"}),
+    ],
+)
+def test_converting_imports_what_it_needs(
+    layout: str, more: list[str], unneeded: set[str], variant: Copy, tmp_path: Path
+) -> None:
+    source = variant("eagle3", layout=layout)
+    arguments = ["convert", str(source), "--verifier", str(VERIFIER), "--output-path", str(tmp_path / "out")]
+
+    loaded = modules_after(
+        f"from speculators.cli import cli\ncli({[*arguments, '--no-validate', *more]!r}, standalone_mode=False)"
+    )
+
+    assert (tmp_path / "out").exists()
+    assert not loaded & unneeded
 
 
 def test_checking_the_structure_imports_no_torch(tmp_path: Path) -> None:
