@@ -199,8 +199,10 @@ class Split(Row):
     into: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check that each piece has exact names."""
+        """Check that there are pieces, each once and with exact names."""
         super().__post_init__()
+        if not self.into or len(set(self.into)) < len(self.into):
+            raise ValueError(f"row {self.source!r} holds {list(self.into)}, expected different tensors")
         for target in self.into:
             self.check_target(target)
 
@@ -287,6 +289,10 @@ class Table:
             for target in row.targets:
                 if target not in self.writing:
                     raise ValueError(f"row {row.source!r}: no row writes {target!r}")
+                if isinstance(self.writing[target], Shared):
+                    raise ValueError(
+                        f"row {row.source!r}: {target!r} is compared with the verifier's and must come whole"
+                    )
         for target in self.writing:
             places = [piece.place for piece in self.pieces(target)]
             if places != list(range(len(places))):

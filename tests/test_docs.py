@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from checkpoints import write_checkpoint
 
-from speculators import Registry
+from speculators import Checkpoint, Facts, Registry, match
+from speculators.plan import plan
+from speculators.weights import TensorInfo
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +39,30 @@ def test_the_python_example_of_the_readme_runs(
     exec(blocks(ROOT / "README.md", "python")[0], {})
 
     assert capsys.readouterr().out == "layers.0.hidden_norm.weight\n"
+
+
+def test_the_examples_of_the_page_on_plugins_run(tmp_path: Path) -> None:
+    table, operation = blocks(ROOT / "docs" / "plugins.md", "python")
+    found: dict[str, Any] = {}
+    exec(table, found)
+    exec(operation, found)
+
+    fused = {"layers.0.self_attn.qkv_proj.weight": (8, 4), "layers.0.mlp.gate_proj.weight": (6, 4)}
+    fused |= {"layers.0.mlp.up_proj.weight": (6, 4)}
+    tensors = {name: TensorInfo("F32", shape) for name, shape in fused.items()}
+    facts = Facts({"L": 1, "H": 4, "I": 6, "heads": 2, "head_dim": 2, "kv_heads": 1})
+    planned = plan(found["table"], tensors, match(found["table"], tensors), facts, {})
+    assert planned.findings == ()
+    assert [(made.target.split(".")[-2], made.shape) for made in planned.derivations] == [
+        ("q_proj", (4, 4)),
+        ("k_proj", (2, 4)),
+        ("v_proj", (2, 4)),
+        ("gate_up_proj", (12, 4)),
+    ]
+
+    source = Checkpoint(write_checkpoint(tmp_path / "in", {}, {"t2d": torch.tensor([False, True, True, False, True])}))
+    dtype, chunks = found["offsets"](source, ("t2d",), (3,))
+    assert (dtype, np.frombuffer(b"".join(chunks), "<i8").tolist()) == ("I64", [1, 1, 2])
 
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3"])

@@ -352,6 +352,8 @@ def test_pieces_are_numbered_from_0(places: tuple[int, ...]) -> None:
     [
         pytest.param(lambda: Split("layers.*.qkv", ("q",)), "a written tensor needs exact names", id="wildcard"),
         pytest.param(lambda: Split("layers.{0:L}.qkv", ("q",)), "the numbered places differ", id="no place"),
+        pytest.param(lambda: Split("qkv", ()), "expected different tensors", id="no piece"),
+        pytest.param(lambda: Split("qq", ("q", "q")), "expected different tensors", id="one piece twice"),
         pytest.param(lambda: Merge("up", "layers.{0:L}.up", 0, "I, H"), "the numbered places differ", id="one place"),
         pytest.param(lambda: Merge("up", "gate_up", 0, "I, -1"), "malformed shape", id="shape"),
     ],
@@ -359,6 +361,14 @@ def test_pieces_are_numbered_from_0(places: tuple[int, ...]) -> None:
 def test_a_split_or_merged_row_checks_itself(row: Callable[[], Row], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         row()
+
+
+@pytest.mark.parametrize("row", [Split("both", ("head", "q")), Merge("left", "head", 0, "V, H")])
+def test_a_tensor_that_is_compared_with_the_verifiers_comes_whole(row: Row) -> None:
+    shared = Shared("head", "head", "V, H", verifier="lm_head")
+
+    with pytest.raises(ValueError, match="'head' is compared with the verifier's and must come whole"):
+        Table((*QKV, shared, row))
 
 
 def test_a_split_tensor_cannot_be_written_whole_too() -> None:
