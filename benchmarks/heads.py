@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_WIDTH, HEAD_DIM = 4096, 14336, 1024, 128
 VOCABULARY, DRAFT_VOCABULARY = 128256, 32000
+"""Those of Llama-3.1-8B and its EAGLE-3 head."""
 
 
 def shapes(hidden: int, layers: int, intermediate: int, embeddings: bool) -> dict[str, tuple[int, ...]]:
@@ -41,8 +43,16 @@ def shapes(hidden: int, layers: int, intermediate: int, embeddings: bool) -> dic
 
 def intermediate_for(size: int, hidden: int, layers: int) -> int:
     """Return the intermediate size that makes a head without embeddings about ``size`` bytes large."""
-    rest = sum(2 * math.prod(shape) for shape in shapes(hidden, layers, 0, embeddings=False).values())
-    return max(256, (size - rest) // (2 * 3 * hidden * layers) // 64 * 64)
+    rest = weight_bytes(hidden, layers, 0)
+    found = (size - rest) // (2 * 3 * hidden * layers) // 64 * 64
+    if found < 64:
+        raise SystemExit(f"a head of {layers} layers with hidden size {hidden} has at least {rest} bytes, not {size}")
+    return found
+
+
+def weight_bytes(hidden: int, layers: int, intermediate: int) -> int:
+    """Add up the floating tensors of a head without its token embeddings."""
+    return sum(2 * math.prod(shape) for shape in shapes(hidden, layers, intermediate, embeddings=False).values())
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int, pickled: bool) -> None:
@@ -108,10 +118,13 @@ def main() -> None:
         "num_hidden_layers": 32,
         "max_position_embeddings": 131072,
     }
-    (arguments.folder / "verifier").mkdir(parents=True)
-    (arguments.folder / "config.json").write_text(json.dumps(head))
-    (arguments.folder / "verifier" / "config.json").write_text(json.dumps(verifier))
-    save(arguments.folder, tensors, arguments.shards, arguments.bin)
+    unfinished = arguments.folder.with_name(f"{arguments.folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "verifier").mkdir(parents=True)
+    (unfinished / "config.json").write_text(json.dumps(head))
+    (unfinished / "verifier" / "config.json").write_text(json.dumps(verifier))
+    save(unfinished, tensors, arguments.shards, arguments.bin)
+    unfinished.rename(arguments.folder)
 
 
 if __name__ == "__main__":

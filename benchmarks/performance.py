@@ -11,13 +11,16 @@ has speculators 0.9.0, to measure it beside. The heads are made once and kept in
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import copying
@@ -31,15 +34,17 @@ SPECULATORS = str(Path(sys.executable).with_name("speculators"))
 WEIGHTS = (".safetensors", ".bin")
 VERIFIER = "verifier"
 
-WITHOUT_EMBEDDINGS = 850_000_000
-"""Bytes of the real head without its token embeddings."""
+TINY = HERE.parent / "tests" / "data"
+"""Trained heads of some hundred kB, whose conversion takes as long as it takes to start."""
 
 LARGE = 4 * 1_900_000_000
 
 SIZES = (250_000_000, 1_000_000_000, 4_000_000_000)
 SHARDS = (1, 8, 64)
-GROWING = ("--hidden", "2048", "--layers", "8")
+GROWING = ("--hidden", "1024", "--layers", "8")
 """Shapes of the heads of other sizes: enough tensors for 64 shards, and little besides what grows."""
+
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,15 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
 
 
+def embedless_bytes(head: Path) -> int:
+    """Add up what a head in one safetensors file holds besides its token embeddings."""
+    with (head / "model.safetensors").open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    first, last = header["embed_tokens.weight"]["data_offsets"]
+    return weight_bytes(head) - 8 - length - (last - first)
+
+
 def copied(head: Path, output: Path) -> Measured:
     """Copy the weights of a head and sync them."""
     files = " ".join(f"'{file}'" for file in sorted(head.iterdir()) if file.suffix in WEIGHTS)
@@ -104,8 +118,8 @@ def main_table(folder: Path, rounds: int, python: str | None) -> str:
     head, pickled, out = make(folder / "head"), make(folder / "head-bin", "--bin"), folder / "out"
     large = make(folder / "head-large", "--size", str(LARGE))
     kept = folder / "converted"
-    if not kept.exists():
-        subprocess.run(conversion(SPECULATORS, head, kept, "--no-validate", "--quiet"), check=True, capture_output=True)
+    command = conversion(SPECULATORS, head, kept, "--no-validate", "--overwrite")
+    subprocess.run(command, check=True, capture_output=True)
     check = [SPECULATORS, "validate", str(kept), "--level", "structure", "--verifier", str(head / VERIFIER)]
     rows = {
         "`python -c pass`": Measured([sys.executable, "-c", "pass"]),
@@ -127,12 +141,13 @@ def main_table(folder: Path, rounds: int, python: str | None) -> str:
         rows["speculators 0.9.0, safetensors, not validated"] = existing(python, head, out)
     measure(rounds, rows.values())
 
-    start, torch = rows["`python -c pass`"].median, rows["`import torch`"].median
+    start = rows["`python -c pass`"].median
+    torch = rows["`import torch`"].median - start
     cp, cp_large, cp_bin = (
         rows[name].median
         for name in ("cp and fsync, safetensors", "cp and fsync, four times larger", "cp and fsync, bin")
     )
-    validated = WITHOUT_EMBEDDINGS / 1e6 + 900
+    validated = embedless_bytes(head) / 1e6 + 900
     bars = {
         "`speculators --help`": Bar("0.25 s over `pass`", start + 0.25),
         "`speculators convert --list-algorithms`": Bar("0.4 s over `pass`", start + 0.4),
@@ -144,7 +159,7 @@ def main_table(folder: Path, rounds: int, python: str | None) -> str:
     }
     lines = [
         f"{weight_bytes(head) / 1e9:.2f} GB ({weight_bytes(large) / 1e9:.2f} GB the larger one), "
-        f"medians of {rounds} runs, {described_machine()}:",
+        f"medians of {rounds} runs, {described_machine(folder)}:",
         "",
         "| what | seconds | from, to | peak MB | bar | met |",
         "|---|---|---|---|---|---|",
@@ -158,7 +173,15 @@ def main_table(folder: Path, rounds: int, python: str | None) -> str:
 
 @dataclass(frozen=True)
 class Growth:
-    """How long one head of another size took to copy and to convert."""
+    """How long one head of another size took to copy and to convert.
+
+    Attributes:
+        name: How it is called.
+        size: GB of its weight files.
+        shards: Number of them.
+        copied: Copying it.
+        converted: Converting it into one file.
+    """
 
     name: str
     size: float
@@ -167,23 +190,37 @@ class Growth:
     converted: Measured
 
 
-def growth(folder: Path, rounds: int) -> list[Growth]:
-    """Measure other sizes and numbers of shards."""
+def growth(folder: Path, rounds: int) -> tuple[float, list[Growth]]:
+    """Measure other sizes and numbers of shards, and what a conversion takes before it copies anything."""
     out, found = folder / "out", []
+    command = [
+        SPECULATORS,
+        "convert",
+        str(TINY / "eagle3"),
+        "--algorithm",
+        "eagle3",
+        "--verifier",
+        str(TINY / VERIFIER),
+    ]
+    start = Measured([*command, "--no-validate", "--output-path", str(out)], out)
     for size, shards in [*((size, 1) for size in SIZES), *((SIZES[1], shards) for shards in SHARDS[1:])]:
         options = ("--size", str(size), "--shards", str(shards), *GROWING)
         head = make(folder / f"grown-{size // 1_000_000}-{shards}", *options)
-        name = f"{size / 1e9:g} GB in {shards} file{'s' * (shards > 1)}"
+        name = f"{weight_bytes(head) / 1e9:.2f} GB in {shards} file{'s' * (shards > 1)}"
         pair = copied(head, out), converted(head, out, "--no-validate")
         found.append(Growth(name, weight_bytes(head) / 1e9, shards, *pair))
-    measure(rounds, [each for head in found for each in (head.copied, head.converted)])
-    return found
+    sharded = converted(head, out, "--no-validate", "--max-shard-size", "16MB")
+    found.append(Growth(f"{name}, into files of 16 MB", weight_bytes(head) / 1e9, shards, found[-1].copied, sharded))
+    measure(rounds, [start, *(each for head in found for each in (head.copied, head.converted))])
+    return start.median, found
 
 
-def growth_table(found: list[Growth], start: float) -> str:
+def growth_table(start: float, found: list[Growth]) -> str:
     """Return the table of other sizes."""
     lines = [
-        "| head | cp and fsync, s | convert, s | the same less its start, s per GB | peak MB |",
+        f"A head of {weight_bytes(TINY / 'eagle3') / 1e6:.1f} MB takes {start:.2f} s, the start of every conversion.",
+        "",
+        "| head | cp and fsync, s | convert, s | less the start, s per GB | peak MB |",
         "|---|---|---|---|---|",
     ]
     for each in found:
@@ -195,49 +232,56 @@ def growth_table(found: list[Growth], start: float) -> str:
     return "\n".join(lines)
 
 
-def draw(found: list[Growth]) -> None:
-    """Plot time and memory over size, with the sharded heads of one size beside."""
+def draw(start: float, found: list[Growth]) -> None:
+    """Plot time and memory over size, and over the number of files."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot
 
     mpl.rcParams["svg.hashsalt"] = "speculators"
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    whole = [each for each in found if each.shards == 1]
-    sharded = [each for each in found if each.shards > 1]
-    for label, color, seconds in (
-        ("convert", "tab:blue", lambda each: each.converted.median),
-        ("cp and fsync", "tab:gray", lambda each: each.copied.median),
-    ):
-        time.plot([each.size for each in whole], [seconds(each) for each in whole], "o-", color=color, label=label)
-        time.plot([each.size for each in sharded], [seconds(each) for each in sharded], "x", color=color)
-    memory.plot(
-        [each.size for each in whole], [each.converted.peak for each in whole], "o-", label="one file", color="tab:blue"
-    )
-    memory.plot(
-        [each.size for each in sharded],
-        [each.converted.peak for each in sharded],
-        "x",
-        label=" and ".join(str(each.shards) for each in sharded) + " files",
-        color="tab:blue",
-    )
-    time.set(xlabel="GB", ylabel="seconds", xlim=0, ylim=0, title="Time")
-    memory.set(xlabel="GB", ylabel="peak of resident memory, MB", xlim=0, ylim=(0, 150), title="Memory")
-    time.legend()
-    memory.legend()
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
+    sized = [each for each in found if each.shards == 1]
+    sharded = [each for each in found[:-1] if round(each.size) == SIZES[1] // 10**9]
+    for column, heads, unit in ((0, sized, "GB"), (1, sharded, f"files of {sharded[0].size:.2f} GB together")):
+        x = [each.size if heads is sized else each.shards for each in heads]
+        time, memory = axes[0][column], axes[1][column]
+        time.plot(x, [each.converted.median for each in heads], "o-", label="convert")
+        time.plot(x, [each.copied.median for each in heads], "o-", color="tab:gray", label="cp and fsync")
+        memory.plot(x, [each.converted.peak for each in heads], "o-", label="convert")
+        time.axhline(start, linestyle=":", color="tab:blue", label="start of a conversion")
+        time.set(xlabel=unit, ylim=0)
+        memory.set(xlabel=unit, ylim=(0, 150))
+        if heads is sharded:
+            time.set(xscale="log", xticks=x, xticklabels=x)
+            memory.set(xscale="log", xticks=x, xticklabels=x)
+            time.minorticks_off()
+            memory.minorticks_off()
+    axes[0][0].set(ylabel="seconds", xlim=0)
+    axes[1][0].set(ylabel="peak of resident memory, MB", xlim=0)
+    axes[0][0].legend()
     figure.savefig(PLOT, metadata={"Date": None})
 
 
-def described_machine() -> str:
+def filesystem(folder: Path) -> str:
+    """Name the kind of filesystem on which ``folder`` lies, where the system tells (Linux)."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return "unknown filesystem"
+    points = [line.split()[1:3] for line in mounts.read_text().splitlines()]
+    holding = [(point, kind) for point, kind in points if folder.is_relative_to(point)]
+    return max(holding, key=lambda found: len(found[0]))[1]
+
+
+def described_machine(folder: Path) -> str:
     """Say on what this runs."""
-    names = (
-        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB of memory, "
-        f"{platform.system()} {platform.release().partition('-')[0]}, Python {platform.python_version()}"
+        f"{filesystem(folder)}, {platform.system()} {platform.release().partition('-')[0]}, "
+        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
     )
 
 
@@ -250,21 +294,27 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md, with a plot")
     arguments = parser.parse_args()
 
-    table = main_table(arguments.folder, arguments.rounds, arguments.existing)
-    start = Measured([SPECULATORS, "convert", "--list-algorithms"])
-    grown = growth(arguments.folder, arguments.rounds)
-    measure(arguments.rounds, [start])
-    ways = copying.table(arguments.folder / "head" / "model.safetensors", arguments.rounds)
-    tables = {"bars": table, "growth": growth_table(grown, start.median), "copying": ways}
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if filesystem(folder) in MEMORY_FILESYSTEMS:
+        raise SystemExit(f"{folder} lies in memory, where syncing costs nothing; choose another --folder")
+    python = str(Path(arguments.existing).absolute()) if arguments.existing else None
+
+    table = main_table(folder, arguments.rounds, python)
+    grown = growth(folder, arguments.rounds)
+    ways = copying.table(folder / "head" / "model.safetensors", arguments.rounds)
+    tables = {"bars": table, "growth": growth_table(*grown), "copying": ways}
     for text in tables.values():
         print(text, end="\n\n")
     if arguments.write:
         page = PAGE.read_text()
         for name, text in tables.items():
-            marked = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
-            page = marked.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", page)
+            marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+            page, count = marked.subn(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+            if count != 1:
+                raise SystemExit(f"{PAGE} has {count} places for the table {name!r}, expected one")
         PAGE.write_text(page)
-        draw(grown)
+        draw(*grown)
 
 
 if __name__ == "__main__":
