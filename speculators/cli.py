@@ -245,6 +245,7 @@ def _describe(model: str, result: ConversionResult) -> str:
     changed = {source: target for source, target in result.renamed.items() if source != target}
     lines += _section("renamed", changed, " -> ")
     lines += _section("kept", {source: "" for source, target in result.renamed.items() if source == target}, "")
+    lines += _section("cut or joined", {name: ", ".join(made) for name, made in result.reworked.items()}, " -> ")
     lines += _section("left out", result.dropped, ": ")
     lines += _section("completed", result.completed, ": ")
     lines += [f"note: {note}" for note in result.notes]

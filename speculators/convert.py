@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from speculators import dtypes, output
 from speculators.checkpoint import Checkpoint, local_path
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import AlreadyConvertedError, MismatchError, OptionError, PluginError
-from speculators.operations import cast
+from speculators.errors import AlreadyConvertedError, MismatchError, OptionError
+from speculators.operations import cast, derive
 from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
@@ -20,7 +20,6 @@ from speculators.registry import Algorithm, Registry
 from speculators.sharing import settle
 from speculators.spec import Context
 from speculators.verifier import Verifier
-from speculators.weights import Chunk, Extent, TensorInfo
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
@@ -58,8 +57,17 @@ class Conversion:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Source name → output name, of every tensor that is written."""
+        """Source name → output name, of every tensor that is written as it is."""
         return {move.source: move.target for move in self.moves}
+
+    @property
+    def reworked(self) -> dict[str, tuple[str, ...]]:
+        """Source name → names of the tensors into which it is cut or joined."""
+        found: dict[str, tuple[str, ...]] = {}
+        for made in self.derivations:
+            for source in made.sources if made.reworks else ():
+                found[source] = (*found.get(source, ()), made.target)
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class ConversionResult:
         output_path: The folder that holds the converted model.
         algorithm: Name of the algorithm.
         package: The plugin package that did it, with its version.
-        renamed: Source name → output name, of every tensor that was written.
+        renamed: Source name → output name, of every tensor that was written as it is.
+        reworked: Source name → names of the tensors into which it was cut or joined.
         dropped: Source name → why it was left out.
         completed: Output name → what it was completed with: made from other tensors, or left to the
             verifier, whose tensor engines share.
@@ -82,6 +91,7 @@ class ConversionResult:
     algorithm: str
     package: str
     renamed: dict[str, str]
+    reworked: dict[str, tuple[str, ...]]
     dropped: dict[str, str]
     completed: dict[str, str]
     notes: tuple[str, ...]
@@ -164,8 +174,9 @@ def convert_model(
         algorithm=spec.name,
         package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
         renamed=conversion.renamed,
+        reworked=conversion.reworked,
         dropped=conversion.dropped,
-        completed={made.target: made.why for made in conversion.derivations}
+        completed={made.target: made.why for made in conversion.derivations if not made.reworks}
         | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
         notes=conversion.notes,
         validation=report,
@@ -200,6 +211,7 @@ def prepare(
     facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
+        source.verify()  # damage would explain them better
         raise MismatchError(
             f"{model} cannot be converted as {spec.name!r} (nothing was written):",
             planned.findings,
@@ -302,25 +314,3 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
         else:
             chunks = cast(payload.chunks, payload.name, stored, wanted)
             yield Payload(payload.name, replace(payload.info, dtype=wanted), chunks)
-
-
-def derive(made: Derivation, source: Checkpoint) -> tuple[TensorInfo, Iterator[Chunk]]:
-    """Make a tensor that the source does not hold as it is, as its row says.
-
-    Raises:
-        PluginError: What was made is no tensor of that shape.
-    """
-    dtype, chunks = made.operation(source, made.sources, made.shape)
-    if dtype not in dtypes.SIZES:
-        raise PluginError(f"{made.target!r} was made as {dtype!r}, which is no dtype of a safetensors file")
-    info = TensorInfo(dtype, made.shape)
-    return info, _exactly(chunks, info, made.target)
-
-
-def _exactly(chunks: Iterable[Chunk], info: TensorInfo, target: str) -> Iterator[Chunk]:
-    count = 0
-    for chunk in chunks:
-        count += chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
-        yield chunk
-    if count != info.nbytes:
-        raise PluginError(f"{count} bytes were made for {target!r}, expected {info.nbytes} of {info}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.errors import OptionError, ValidationError
+from speculators.operations import derive
+from speculators.spec import to_ids
 from speculators.verifier import quiet_transformers
 from speculators.weights import read
 
@@ -40,10 +42,10 @@ EMBEDDING_SCALE = 0.02
 
 @dataclass
 class Rows:
-    """A ``[V, H]`` matrix in a checkpoint, of which only what is needed is read.
+    """A ``[V, H]`` matrix, of which only what is needed is read.
 
     Attributes:
-        checkpoint: Where it is stored.
+        checkpoint: Where it is stored, unless it is made from other tensors and held.
         name: Its name there.
         count: How many of its rows are tokens; tables may be padded.
         rounded: Dtype to which training rounded the rows, if it worked on a rounded copy.
@@ -184,7 +186,8 @@ class Draft:
             if rows.checkpoint is weights and module is not None:
                 rows.held = module.weight.detach()
             else:
-                rows.held = rows.checkpoint.tensor(rows.name).to(self.device, self.dtype)
+                whole = rows.checkpoint.tensor(rows.name) if rows.held is None else rows.held
+                rows.held = whole.to(self.device, self.dtype)
 
 
 def of_output(
@@ -245,17 +248,26 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
     context, spec = conversion.context, conversion.algorithm.spec
     place, precision = find_device(device), _torch_dtype(dtype or conversion.config.dtype)
     original = _built("the native checkpoint", lambda: spec.original(context, conversion.facts))
-    tensors: dict[str, Callable[[], Tensor]] = {
-        made.target: partial(_derived, made, context.source) for made in conversion.derivations
-    }
+    made = {each.target: partial(_derived, each, context.source) for each in conversion.derivations}
+
+    def rows(name: str, target: str, role: str, copied: bool = False) -> Rows | None:
+        if not name and target in made:
+            matrix = made[target]()
+            return Rows(context.source, target, len(matrix), held=matrix)
+        return _rows(context.source, name, context.verifier, role, copied)
+
+    targets = original.targets
+    if targets is None and spec.draft_to_target in made:
+        targets = to_ids(made[spec.draft_to_target]().numpy())
+    tensors: dict[str, Callable[[], Tensor]] = {**made}
     tensors |= {parameter: partial(context.source.tensor, name) for parameter, name in original.names.items()}
     _fill(original.model, tensors, place, precision, "the native checkpoint")
     return Draft(
         original.model,
         layers=original.state_layers,
-        embedding=_rows(context.source, original.embedding, context.verifier, "embed_tokens", spec.copies_embedding),
-        head=_rows(context.source, original.head, context.verifier, "lm_head"),
-        targets=original.targets,
+        embedding=rows(original.embedding, spec.embedding, "embed_tokens", spec.copies_embedding),
+        head=rows(original.head, spec.head, "lm_head"),
+        targets=targets,
         device=place,
         dtype=precision,
         sources=original.names,
@@ -263,10 +275,8 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
 
 
 def _derived(made: Derivation, source: Checkpoint) -> Tensor:
-    from speculators.convert import derive
-
     info, chunks = derive(made, source)
-    return dtypes.tensor(b"".join(map(read, chunks)), info.dtype).view(info.shape)
+    return dtypes.tensor(memoryview(bytearray().join(map(read, chunks))), info.dtype).view(info.shape)
 
 
 def _built(described: str, build: Callable[[], Built]) -> Built:

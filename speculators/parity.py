@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from speculators.convert import Conversion
     from speculators.draft import Draft
 
 LENGTH, SEED = 16, 0
@@ -115,7 +116,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def first_difference(
-    converted: Run, source: Run, sources: Mapping[str, str], renamed: Mapping[str, str], tolerance: float
+    converted: Run, source: Run, sources: Mapping[str, str], conversion: Conversion, tolerance: float
 ) -> str:
     """Say where the two runs part, in the order in which the source's modules ran.
 
@@ -123,21 +124,20 @@ def first_difference(
         converted: Run of the output.
         source: Run of its source.
         sources: Parameter of the source's model → source tensor.
-        renamed: Source tensor → output tensor.
+        conversion: Tells under which names the output has the source's tensors; a module whose tensor was cut
+            or joined has no counterpart there.
         tolerance: Largest difference that counts as none.
     """
-    names = {
-        parameter.rpartition(".")[0]: renamed[name].rpartition(".")[0]
-        for parameter, name in sources.items()
-        if name in renamed
-    }
+    renamed, reworked = conversion.renamed, conversion.reworked
+    modules = {parameter.rpartition(".")[0]: name for parameter, name in sources.items()}
+    names = {module: renamed[name].rpartition(".")[0] for module, name in modules.items() if name in renamed}
     agreed = ""
     for name, step in source.steps.items():
         other = names.get(name, name)
-        where = name if other == name else f"{name} ({other} in the output)"
+        where = f"{name} ({other} in the output)" if other != name else name or "the draft as a whole"
         after = f", after {agreed}, which agrees" if agreed else ""
         if other not in converted.steps:
-            if step.weighted:
+            if step.weighted and modules.get(name) not in reworked:
                 return f"{where} does not run in the output{after}"
             continue
         if (off := relative(converted.steps[other].fed, step.fed)) > tolerance:

@@ -45,11 +45,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Rework:
-    """One source tensor that is written in pieces, or as a piece, and its row."""
+    """One source tensor that is written in pieces, or as a piece, its row, and the optional parts it serves."""
 
     source: str
     row: Split | Merge
     numbers: tuple[int, ...]
+    parts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Matching:
 
     def present(self, part: str) -> bool:
         """Tell whether any tensor of an optional part is there."""
-        return any(found.row.part == part for found in self.moves.values())
+        moved = any(found.row.part == part for found in self.moves.values())
+        return moved or any(part in rework.parts for rework in self.reworked)
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A tensor to make: ``target`` from the source tensors ``sources``; ``why`` tells the user."""
+    """A tensor to make.
+
+    Attributes:
+        target: Its name in the output.
+        sources: What it is made from.
+        shape: Its shape.
+        dtypes: The dtypes that it may have.
+        operation: How it is made.
+        why: What the user is told.
+        reworks: Whether it is made of the very bytes of its sources, cut or joined.
+    """
 
     target: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
     operation: Operation
-    why: str
+    why: str = ""
+    reworks: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,8 @@ def match(table: Table, names: Iterable[str]) -> Matching:
         elif isinstance(row, Drop):
             dropped[name] = row.why
         elif isinstance(row, Split | Merge):
-            reworked.append(Rework(name, row, numbers))
+            parts = frozenset(table.writing[target].part for target in row.targets)
+            reworked.append(Rework(name, row, numbers, parts))
         elif isinstance(row, Rename):
             target = row.numbered(numbers)
             if target in moves:
@@ -249,8 +264,9 @@ class _Builder:
 
     def miss(self, row: Rename, numbers: tuple[int, ...], target: str) -> None:
         expected = self.shape(row)
-        if (found := self.reworked.pop(target, None)) and expected is not None:
-            self.rework(found, row, target, expected)
+        if found := self.reworked.pop(target, None):
+            if expected is not None:
+                self.rework(found, row, target, expected)
             return
         if isinstance(row, Shared) and (expected is None or expected == self.verifier_shapes.get(row.verifier)):
             self.from_verifier[target] = row.verifier
@@ -258,7 +274,7 @@ class _Builder:
         sources = [self.matching.moves.get(fill(name, numbers)) for name in row.derive.sources] if row.derive else []
         if row.derive and expected is not None and all(sources):
             names = tuple(found.source for found in sources if found)
-            self.derivations.append(Derivation(target, names, expected, row.derive, row.derive.why))
+            self.derivations.append(Derivation(target, names, expected, row.dtypes, row.derive, row.derive.why))
             return
         shape = f"[{row.shape}]" + (f" = {list(expected)}" if expected else "")
         reason = ""
@@ -284,26 +300,24 @@ class _Builder:
             kinds = ", ".join(f"{name} is {info}" for name, info in infos.items())
             self.wrong.append(f"the pieces of {target} differ in dtype: {kinds}")
         if isinstance(found[0].row, Split):
-            self.cut(found[0], row, target, expected)
+            self.split(found[0], row, target, expected)
         else:
-            self.join(found, row, target, expected)
+            self.merge(found, row, target, expected)
 
-    def cut(self, rework: Rework, row: Rename, target: str, expected: tuple[int, ...]) -> None:
+    def split(self, rework: Rework, row: Rename, target: str, expected: tuple[int, ...]) -> None:
         shapes = [self.shape(self.table.writing[piece]) for piece in rework.row.targets]
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes):
             return
         whole = (sum(shape[0] for shape in known), *expected[1:])
         info = self.tensors[rework.source]
-        if info.shape != whole or any(shape[1:] != expected[1:] for shape in known):
+        if info.shape != whole:
             pieces = " and ".join(map(str, map(list, known)))
             self.wrong.append(f"{rework.source} is {info}, expected {list(whole)} for its pieces {pieces}")
         start = sum(math.prod(shape) for shape in known[: rework.row.targets.index(row.target)])
-        self.derivations.append(
-            Derivation(target, (rework.source,), expected, Cut(start), f"a piece of {rework.source}")
-        )
+        self.derivations.append(Derivation(target, (rework.source,), expected, row.dtypes, Cut(start), reworks=True))
 
-    def join(self, found: list[Rework], row: Rename, target: str, expected: tuple[int, ...]) -> None:
+    def merge(self, found: list[Rework], row: Rename, target: str, expected: tuple[int, ...]) -> None:
         there = {each.row: each for each in found}
         names, size = [], 0
         for piece in self.table.pieces(row.target):
@@ -318,7 +332,7 @@ class _Builder:
                 self.wrong.append(f"{name} is {self.tensors[name]}, expected [{piece.shape}] = {list(shape)}")
         if size != math.prod(expected) and len(names) == len(self.table.pieces(row.target)):
             self.wrong.append(f"{' and '.join(names)} do not fill {target} [{row.shape}] = {list(expected)}")
-        self.derivations.append(Derivation(target, tuple(names), expected, join, f"joined from {', '.join(names)}"))
+        self.derivations.append(Derivation(target, tuple(names), expected, row.dtypes, join, reworks=True))
 
     def shape(self, row: Rename | Merge) -> tuple[int, ...] | None:
         try:
@@ -336,9 +350,10 @@ class _Builder:
         if not self.unknown:
             findings += fold(f"{found.source} {self._outside(found.row)}" for found in self.pending.values())
             findings += fold(
-                f"{rework.source} holds {target}, which {self._besides(target)}"
-                for target, found in self.reworked.items()
-                for rework in found
+                f"{rework.source} holds {pattern}, which {self._besides(fill(pattern, rework.numbers))}"
+                for rework in self.matching.reworked
+                for pattern in rework.row.targets
+                if fill(pattern, rework.numbers) in self.reworked
             )
         findings += [f"missing: {line}" for line in fold(self.missing)]
         findings += fold(dict.fromkeys(self.wrong))
@@ -356,7 +371,7 @@ class _Builder:
 
     def _besides(self, target: str) -> str:
         stored = self.matching.moves.get(target)
-        return f"is stored as {stored.source} too: only one can be meant" if stored else "the draft does not have"
+        return f"is stored as {stored.row.name} too: only one can be meant" if stored else "the draft does not use"
 
     def _outside(self, row: Rename) -> str:
         known = ", ".join(f"{symbol} = {self.facts.dims[symbol]}" for symbol in row.bounds if symbol in self.facts.dims)

@@ -245,13 +245,7 @@ class ConverterSpec(ABC):
 
     def targets(self, checkpoint: Checkpoint, name: str) -> NDArray[Any] | None:
         """Return ``[DV]`` verifier's ids of draft tokens from the offsets in tensor ``name``, if it is there."""
-        import numpy as np
-
-        if name not in checkpoint.tensors:
-            return None
-        offsets = checkpoint.array(name)
-        ids: NDArray[Any] = np.arange(len(offsets)) + offsets
-        return ids
+        return to_ids(checkpoint.array(name)) if name in checkpoint.tensors else None
 
     @abstractmethod
     def build(self, config: SpeculatorConfig) -> nn.Module:
@@ -269,3 +263,11 @@ class ConverterSpec(ABC):
             ``(hidden, head_input)``, both ``[B, T, H]``: what is fed back for the next draft token,
             and what the LM head is applied to.
         """
+
+
+def to_ids(offsets: NDArray[Any]) -> NDArray[Any]:
+    """Return ``[DV]`` verifier's ids of draft tokens from ``[DV]`` offsets: token ``i`` is ``i + offsets[i]`` there."""
+    import numpy as np
+
+    ids: NDArray[Any] = np.arange(len(offsets)) + offsets
+    return ids

@@ -193,52 +193,47 @@ class Split(Row):
 
     Args:
         source: Pattern of the name in the checkpoint.
-        into: Target names of the pieces, in the order in which they lie.
+        targets: Target names of the pieces, in the order in which they lie.
     """
 
-    into: tuple[str, ...]
+    targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
         """Check that there are pieces, each once and with exact names."""
         super().__post_init__()
-        if not self.into or len(set(self.into)) < len(self.into):
-            raise ValueError(f"row {self.source!r} holds {list(self.into)}, expected different tensors")
-        for target in self.into:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"row {self.source!r} holds {list(self.targets)}, expected different tensors")
+        for target in self.targets:
             self.check_target(target)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The target names that the row fills or helps to fill."""
-        return self.into
 
 
 @dataclass(frozen=True)
 class Merge(Row):
-    """A tensor that is written as a piece of a larger one, in which pieces lie one after another.
+    """A tensor that is written as a piece of a larger one, in which pieces lie along the first dimension.
 
     The larger one has a row of its own, with its shape, for checkpoints that store it whole.
 
     Args:
         source: Pattern of the name in the checkpoint.
-        into: Target name of the larger tensor.
+        target: Target name of the larger tensor.
         place: Number of this piece in it, from 0.
         shape: Shape of this piece in symbols.
     """
 
-    into: str
+    target: str
     place: int
     shape: str
 
     def __post_init__(self) -> None:
         """Check that source and target have exact names."""
         super().__post_init__()
-        self.check_target(self.into)
+        self.check_target(self.target)
         self.check_shape(self.shape)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The target names that the row fills or helps to fill."""
-        return (self.into,)
+        """The target name, as of a `Split`."""
+        return (self.target,)
 
 
 @dataclass(frozen=True)
@@ -264,7 +259,8 @@ class Table:
         prefixes: Prefixes that some trainers put before every name; stripped before matching.
 
     Raises:
-        ValueError: Two rows write one name, or match each other's tensors.
+        ValueError: Two rows write one name, or match each other's tensors; or the pieces of a tensor do not
+            make up one that a row writes.
     """
 
     rows: tuple[Row, ...]
@@ -272,6 +268,10 @@ class Table:
 
     def __post_init__(self) -> None:
         """Find conflicting rows when the table is built."""
+        self._check_names()
+        self._check_pieces()
+
+    def _check_names(self) -> None:
         reading = (*self.moving, *self.reworked)
         for row in reading:
             others = [other for other in reading if other is not row]
@@ -285,14 +285,20 @@ class Table:
                     None,
                 ):
                     raise ValueError(f"two rows write {sample!r}: {row.source!r} and {clash.source!r}")
+
+    def _check_pieces(self) -> None:
         for row in self.reworked:
             for target in row.targets:
                 if target not in self.writing:
                     raise ValueError(f"row {row.source!r}: no row writes {target!r}")
-                if isinstance(self.writing[target], Shared):
+                whole = row.shape if isinstance(row, Merge) else self.writing[row.targets[0]].shape
+                if _tail(whole) != _tail(self.writing[target].shape):
                     raise ValueError(
-                        f"row {row.source!r}: {target!r} is compared with the verifier's and must come whole"
+                        f"row {row.source!r}: pieces lie along the first dimension, and [{whole}] and "
+                        f"{target!r} [{self.writing[target].shape}] differ in others"
                     )
+                if isinstance(self.writing[target], Shared):
+                    raise ValueError(f"row {row.source!r}: {target!r} may be the verifier's and must come whole")
         for target in self.writing:
             places = [piece.place for piece in self.pieces(target)]
             if places != list(range(len(places))):
@@ -308,14 +314,14 @@ class Table:
         """The rows of tensors that are written in pieces, or as pieces."""
         return tuple(row for row in self.rows if isinstance(row, Split | Merge))
 
-    @property
+    @cached_property
     def writing(self) -> dict[str, Rename]:
         """The rows that may write a tensor by their target."""
         return {row.target: row for row in self.moving}
 
     def pieces(self, target: str) -> tuple[Merge, ...]:
         """Return the rows of the tensors that make up ``target``, in order."""
-        rows = [row for row in self.rows if isinstance(row, Merge) and row.into == target]
+        rows = [row for row in self.rows if isinstance(row, Merge) and row.target == target]
         return tuple(sorted(rows, key=lambda row: row.place))
 
     @property
@@ -334,6 +340,11 @@ class Table:
 def symbols(shape: str) -> list[str]:
     """List the factors of a shape, numbers included."""
     return [factor.strip() for dimension in shape.split(",") for factor in dimension.split("*")]
+
+
+def _tail(shape: str) -> list[list[str]]:
+    """List the factors of every dimension but the first."""
+    return [sorted(map(str.strip, dimension.split("*"))) for dimension in shape.split(",")[1:]]
 
 
 def evaluate(product: str, dims: Mapping[str, int]) -> int:

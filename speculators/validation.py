@@ -158,6 +158,7 @@ def validate_model(
             registry=registry,
             algorithm_kwargs=algorithm_kwargs,
         )
+        conversion.context.source.verify()
     elif algorithm_kwargs:
         raise OptionError("options of the algorithm say how a source was converted; pass the source as well")
     return check(
@@ -324,7 +325,7 @@ def _check_parity(
         worst = {name: max(worst.get(name, 0.0), value) for name, value in differences.items()}
         if max(differences.values()) > largest:
             largest = max(differences.values())
-            where = parity.first_difference(run, expected, source.sources, conversion.renamed, tolerance)
+            where = parity.first_difference(run, expected, source.sources, conversion, tolerance)
     where = where or "NaN or infinity hides where"
     off = " and ".join(f"{name} by {value:.2g}" for name, value in worst.items() if not value <= tolerance)
     if off:

@@ -20,6 +20,7 @@ from speculators import (
     OutputError,
     ValidationError,
     convert_model,
+    validate_model,
 )
 
 EAGLE_NAMES = {
@@ -543,6 +544,29 @@ def test_a_pickle_whose_bytes_were_changed_is_refused(tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(content)
 
     with pytest.raises(CheckpointError, match=r"the checksum of .* is wrong"):
+        convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+
+
+def test_validating_against_a_pickle_whose_bytes_were_changed_is_refused(variant: Copy, tmp_path: Path) -> None:
+    source = variant("eagle3", layout="bin")
+    convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
+    path = source / "pytorch_model.bin"
+    weight = read_tensors(source)["norm.weight"].numpy().tobytes()
+    data = path.read_bytes()
+    assert data.count(weight) == 1
+    path.write_bytes(data.replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
+
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged: the checksum of .* is wrong"):
+        validate_model(tmp_path / "out", source=source)
+
+
+def test_damage_explains_what_it_brings_about(variant: Copy, tmp_path: Path) -> None:
+    source = variant("eagle3", layout="bin")
+    path = source / "pytorch_model.bin"
+    offsets = read_tensors(source)["d2t"].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(offsets, b"\x7f" + offsets[1:]))
+
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged: the checksum of .* is wrong"):
         convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from speculators.dtypes import FLOATS
 from speculators.operations import Cut, join
 from speculators.plan import Derivation, Facts, Move, Plan, fold, match, plan
 from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
@@ -294,7 +295,7 @@ def test_an_absent_tensor_is_made_from_its_source() -> None:
 
     assert result == Plan(
         moves=(Move("mask", "t2d", f32(4)),),
-        derivations=(Derivation("d2t", ("mask",), (8,), MADE_FROM_T2D, "made from t2d"),),
+        derivations=(Derivation("d2t", ("mask",), (8,), ("I64",), MADE_FROM_T2D, "made from t2d"),),
     )
 
 
@@ -330,8 +331,8 @@ def test_a_tensor_is_made_from_the_source_of_its_own_layer() -> None:
     )
 
     assert result.derivations == (
-        Derivation("layers.0.o", ("blocks.0.q",), (4,), derive, "zeros"),
-        Derivation("layers.1.o", ("blocks.1.q",), (4,), derive, "zeros"),
+        Derivation("layers.0.o", ("blocks.0.q",), (4,), FLOATS, derive, "zeros"),
+        Derivation("layers.1.o", ("blocks.1.q",), (4,), FLOATS, derive, "zeros"),
     )
 
 
@@ -440,8 +441,8 @@ def test_a_tensor_that_holds_several_is_cut_into_them() -> None:
 
     assert result == Plan(
         derivations=(
-            Derivation("mlp.0.gate", ("layers.0.gate_up",), (3, 4), Cut(0), "a piece of layers.0.gate_up"),
-            Derivation("mlp.0.up", ("layers.0.gate_up",), (6, 4), Cut(12), "a piece of layers.0.gate_up"),
+            Derivation("mlp.0.gate", ("layers.0.gate_up",), (3, 4), FLOATS, Cut(0), reworks=True),
+            Derivation("mlp.0.up", ("layers.0.gate_up",), (6, 4), FLOATS, Cut(12), reworks=True),
         )
     )
 
@@ -458,7 +459,7 @@ def test_tensors_that_are_stored_apart_need_no_cutting() -> None:
 def test_pieces_are_joined_in_the_order_of_their_places() -> None:
     result = planned(JOINED, {"kv": f32(8, 4), "query": f32(4, 4)})
 
-    assert result == Plan(derivations=(Derivation("qkv", ("query", "kv"), (12, 4), join, "joined from query, kv"),))
+    assert result == Plan(derivations=(Derivation("qkv", ("query", "kv"), (12, 4), FLOATS, join, reworks=True),))
 
 
 @pytest.mark.parametrize(
@@ -479,13 +480,13 @@ def test_pieces_are_joined_in_the_order_of_their_places() -> None:
         pytest.param(
             FUSED,
             {"layers.0.gate_up": f32(9, 4), "layers.0.up": f32(6, 4)},
-            "layers.0.gate_up holds mlp.0.up, which is stored as layers.0.up too: only one can be meant",
+            "layers.0.gate_up holds mlp.{0:L}.up, which is stored as layers.{0:L}.up too: only one can be meant",
             id="a piece that is stored by itself too",
         ),
         pytest.param(
             FUSED,
             {"layers.0.gate_up": f32(9, 4), "layers.7.gate_up": f32(9, 4)},
-            "layers.7.gate_up holds mlp.7.gate, which the draft does not have",
+            "layers.7.gate_up holds mlp.{0:L}.gate, which the draft does not use",
             id="a layer too many",
         ),
         pytest.param(
@@ -513,8 +514,8 @@ def test_pieces_are_joined_in_the_order_of_their_places() -> None:
             id="pieces of two dtypes",
         ),
         pytest.param(
-            (Keep("ab", "V, H"), Merge("a", "ab", 0, "H, H"), Merge("b", "ab", 1, "H")),
-            {"a": f32(4, 4), "b": f32(4)},
+            (Keep("ab", "V, H"), Merge("a", "ab", 0, "H, H"), Merge("b", "ab", 1, "I, H")),
+            {"a": f32(4, 4), "b": f32(3, 4)},
             "a and b do not fill ab [V, H] = [8, 4]",
             id="pieces that do not fill it",
         ),
@@ -532,6 +533,69 @@ def test_pieces_that_do_not_fit_are_findings(
     result = planned(rows, tensors, dims={"L": 1, "I": 3, "H": 4, "V": 8})
 
     assert finding in result.findings
+
+
+def test_biases_are_cut_as_weights_are() -> None:
+    rows = (Keep("q", "H", part="bias"), Keep("k", "I", part="bias"), Split("(qk|fused)", ("q", "k")))
+
+    result = planned(rows, {"fused": f32(7)}, dims={"H": 4, "I": 3}, parts=("bias",))
+
+    assert [(made.target, made.shape, made.operation) for made in result.derivations] == [
+        ("q", (4,), Cut(0)),
+        ("k", (3,), Cut(4)),
+    ]
+
+
+def test_an_optional_part_is_present_in_a_larger_tensor_too() -> None:
+    table = Table((Keep("q", "H", part="bias"), Keep("k", "H", part="bias"), Split("qk", ("q", "k")), Keep("w", "H")))
+
+    assert match(table, ["qk", "w"]).present("bias")
+    assert not match(table, ["w"]).present("bias")
+
+
+def test_a_piece_of_a_part_that_is_not_in_use_is_a_finding() -> None:
+    rows = (Keep("q", "H"), Keep("k", "H", part="extra"), Split("qk", ("q", "k")))
+
+    assert planned(rows, {"qk": f32(8)}).findings == ("qk holds k, which the draft does not use",)
+
+
+def test_pieces_are_found_behind_a_prefix() -> None:
+    table = Table((Keep("ab", "2*H"), Merge("a", "ab", 0, "H"), Merge("b", "ab", 1, "H")), prefixes=("model.",))
+    tensors = {"model.a": f32(4), "b": f32(4)}
+    matching = match(table, tensors)
+
+    result = plan(table, tensors, matching, Facts(DIMS), {})
+
+    assert [made.sources for made in result.derivations] == [("model.a", "b")]
+    assert matching.native == {"a": "model.a", "b": "b"}
+
+
+@pytest.mark.parametrize("dims", [{"H": 4}, {"I": 3, "L": 1}, {"H": 4, "L": 1}], ids=str)
+def test_a_larger_tensor_of_unknown_size_says_what_is_unknown(dims: dict[str, int]) -> None:
+    unknown = ", ".join(sorted({"H", "I", "L"} - dims.keys()) if "L" in dims else ["L"])
+
+    assert planned(FUSED, {"layers.0.gate_up": f32(9, 4)}, dims=dims).findings == (
+        f"neither config nor tensors tell {unknown}",
+    )
+
+
+def test_a_split_and_merged_tensor_for_one_target_are_a_finding() -> None:
+    rows = (Keep("q", "2*H"), Keep("k", "H"), Split("qk", ("q", "k")), Merge("a", "q", 0, "H"), Merge("b", "q", 1, "H"))
+
+    findings = planned(rows, {"qk": f32(12), "a": f32(4)}).findings
+
+    assert findings == ("a and qk both hold q: only one can be meant",)
+
+
+def test_findings_about_pieces_of_many_layers_are_one_line_each() -> None:
+    tensors = {f"layers.{layer}.gate_up": f32(9, 4) for layer in range(4)}
+    tensors |= {f"layers.{layer}.up": f32(6, 4) for layer in range(4)}
+
+    assert planned(FUSED, tensors, dims={"L": 2, "I": 3, "H": 4}).findings == (
+        "layers.{2…3}.up is outside layers.{0:L}.up with L = 2",
+        "layers.{0…3}.gate_up holds mlp.{0:L}.up, which is stored as layers.{0:L}.up too: only one can be meant",
+        "layers.{2…3}.gate_up holds mlp.{0:L}.gate, which the draft does not use",
+    )
 
 
 def test_a_larger_tensor_of_another_size_is_one_finding() -> None:

@@ -367,8 +367,27 @@ def test_a_split_or_merged_row_checks_itself(row: Callable[[], Row], message: st
 def test_a_tensor_that_is_compared_with_the_verifiers_comes_whole(row: Row) -> None:
     shared = Shared("head", "head", "V, H", verifier="lm_head")
 
-    with pytest.raises(ValueError, match="'head' is compared with the verifier's and must come whole"):
+    with pytest.raises(ValueError, match="'head' may be the verifier's and must come whole"):
         Table((*QKV, shared, row))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param((Keep("fc", "H, 2*H"), Merge("a", "fc", 0, "H, H"), Merge("b", "fc", 1, "H, H")), id="columns"),
+        pytest.param((Keep("ab", "2*H, H"), Merge("a", "ab", 0, "H"), Merge("b", "ab", 1, "H")), id="stacked"),
+        pytest.param((Keep("q", "Q, H"), Keep("k", "K, 2*H"), Split("qk", ("q", "k"))), id="pieces of two widths"),
+    ],
+)
+def test_pieces_lie_along_the_first_dimension(rows: tuple[Row, ...]) -> None:
+    with pytest.raises(ValueError, match="pieces lie along the first dimension"):
+        Table(rows)
+
+
+def test_a_width_may_be_written_in_either_order() -> None:
+    rows = (Keep("q", "Q, 2*H"), Keep("k", "K, H * 2"), Split("qk", ("q", "k")))
+
+    assert Table(rows).rows == rows
 
 
 def test_a_split_tensor_cannot_be_written_whole_too() -> None:
