@@ -160,7 +160,8 @@ def _candidates(folder: Path) -> Iterator[list[Path]]:
         if present := [file for file in named if file.is_file()]:
             yield present
     for suffix in FORMATS:
-        if others := sorted(file for file in folder.glob(f"*{suffix}") if not file.name.startswith("adapter_")):
+        files = (file for file in folder.glob(f"*{suffix}") if file.is_file())
+        if others := sorted(file for file in files if not file.name.startswith("adapter_")):
             yield others
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,17 @@ class _Group(click.Group):
     """Turns every expected error into one message and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SpeculatorsError as error:
-            click.echo(f"Error: {_printable(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except SpeculatorsError as error:
+                click.echo(f"Error: {_printable(str(error))}", err=True)
+                ctx.exit(error.exit_code)
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    click.echo(f"Warning: {_printable(str(message))}", err=True)
 
 
 def _printable(text: str) -> str:
@@ -54,7 +61,6 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg] # generic since cl
 def cli() -> None:
     """Turn draft models of speculative decoding into one format that inference engines serve."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.captureWarnings(True)
 
 
 @cli.command(

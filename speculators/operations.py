@@ -69,10 +69,12 @@ def _exactly(chunks: Iterator[Chunk], info: TensorInfo, made: Derivation) -> Ite
     try:
         for chunk in chunks:
             size = chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
+            if not size:
+                continue
             if size % dtypes.SIZES[info.dtype]:
                 raise PluginError(f"{_origin(made)} made {size} bytes, which are no whole elements of {info.dtype}")
             count += size
-            yield chunk
+            yield chunk if isinstance(chunk, Extent) else memoryview(chunk).cast("B")
     except (SpeculatorsError, OSError):
         raise
     except Exception as error:  # whatever a plugin raises

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from io import FileIO
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
         raise OutputError(f"{path} is no path that this system knows: {error}") from error
     if inside:
         raise OutputError(f"the output {path} would replace its own source {inside[0]}; choose another --output-path")
+    if target == Path.cwd():
+        raise OutputError(f"the output {path} is the working folder, which cannot be replaced; name a folder in it")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} exists and is no folder; choose another --output-path")
     check_replaceable(path, overwrite)
@@ -109,7 +112,7 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     folder: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".partial", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", suffix=".partial", dir=path.parent))
         yield folder
         _publish(folder, path, overwrite)
     except BaseException as error:
@@ -135,10 +138,10 @@ def _publish(folder: Path, path: Path, overwrite: bool) -> None:
     folder.chmod(0o777 & ~_umask())
     for file in folder.iterdir():
         _sync(file)
-    _sync(folder)
+    _sync_names(folder)
     check_replaceable(path, overwrite)
     if path.exists() and any(path.iterdir()):
-        previous = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".previous", dir=path.parent))
+        previous = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", suffix=".previous", dir=path.parent))
         path.rename(previous)
         try:
             folder.rename(path)
@@ -150,7 +153,7 @@ def _publish(folder: Path, path: Path, overwrite: bool) -> None:
         if WINDOWS and path.exists():
             path.rmdir()  # elsewhere a folder takes the place of an empty one in one step
         folder.rename(path)
-    _sync(path.parent)
+    _sync_names(path.parent)
 
 
 def _umask() -> int:
@@ -159,10 +162,14 @@ def _umask() -> int:
     return mask
 
 
+def _sync_names(folder: Path) -> None:
+    """Have the disk hold the names in a folder, where the system and the filesystem can be asked for that."""
+    if not WINDOWS:
+        with suppress(OSError):
+            _sync(folder)
+
+
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder; Windows has no call for the latter."""
-    if WINDOWS and path.is_dir():
-        return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -176,8 +183,8 @@ def parse_size(size: str | int) -> int:
     Raises:
         OptionError: It is no size, or zero.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
-    count = int(float(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper())) if found else 0
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE | re.ASCII)
+    count = int(Fraction(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper())) if found else 0
     if not count:
         raise OptionError(f"{size!r} is no size of a shard; write it as '5GB' or '500MB'")
     return count

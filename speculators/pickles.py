@@ -12,7 +12,6 @@ import re
 import struct
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -81,7 +80,10 @@ class PickleFile:
         if stored is not None:  # pages of a mapping would stay in memory
             elements = dtypes.tensor(stored.read(), self.tensors[name].dtype)
             tensor = elements.as_strided(tensor.shape, tensor.stride())
-        return tensor.resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+        laid = tensor.resolve_neg().contiguous()
+        # One element may have any stride and still count as contiguous, but not be viewed as bytes.
+        flat = laid.as_strided((laid.numel(),), (1,), laid.storage_offset())
+        return flat.view(torch.uint8).numpy().data
 
     def verify(self) -> None:
         """Check the checksums of an archive, which torch does not look at when it maps one.
@@ -94,7 +96,7 @@ class PickleFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 damaged = archive.testzip()
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except Exception as error:  # a damaged archive fails in many ways
             raise CheckpointError(f"{self.path} is damaged: {error}. Download it again.") from error
         if damaged is not None:
             raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is wrong. Download it again.")
@@ -130,7 +132,9 @@ def _read_archive(path: Path) -> _Archive:
                 entries[entry.header_offset + 30 + name + extra] = entry.file_size
             order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
             swapped = order is not None and archive.read(order) == b"big"
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {error}. Download it again.") from error
     return _Archive(entries, all(entry.compress_type == zipfile.ZIP_STORED for entry in listed), swapped)
 
@@ -155,39 +159,56 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(
-            f"{path} holds {_summary(content)}, expected a flat dict of tensors. "
+            f"{path} holds {_summary(content)}, expected a flat dict of names and tensors. "
             "Save the module's state_dict() by itself."
         )
-    return {str(name): tensor.detach() for name, tensor in content.items()}
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], archive: _Archive) -> dict[int, int]:
     """Find out where in the file each mapped storage lies: its address → the offset of its first byte.
-
-    Storages of which that cannot be proven are left out.
 
     Raises:
         CheckpointError: A storage is larger or smaller than what the file holds of it.
     """
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     storages.pop(0, None)  # an empty one lies nowhere
-    if unknown := Counter(storages.values()) - Counter(archive.entries.values()):
+    mappings = _mappings(os.fstat(file.fileno()).st_ino)
+    starts = {
+        address: address - first + offset
+        for address in storages
+        for first, last, offset in mappings
+        if first <= address < last
+    }
+    # Where the system does not tell, some address of the mapping must put every storage into its entry.
+    anywhere = next(iter(storages), 0)
+    bases = [address - start for address, start in starts.items()] or [anywhere - start for start in archive.entries]
+    if storages and not any(
+        all(archive.entries.get(address - base) == size for address, size in storages.items()) for base in bases
+    ):
         raise CheckpointError(
-            f"{file.name} is damaged: a tensor of it takes {min(unknown)} bytes, and it holds none of that size. "
+            f"{file.name} is damaged: it does not hold as many bytes of each tensor as its pickle says. "
             "Download it again."
         )
-    if archive.swapped:
-        return {}
-    inode = os.fstat(file.fileno()).st_ino
-    starts: dict[int, int] = {}
-    for line in MAPPINGS.read_text(errors="replace").splitlines() if MAPPINGS.exists() else ():
-        span, _, offset, _, mapped, *_ = line.split()
-        if int(mapped) == inode:
-            first, last = (int(address, 16) for address in span.split("-"))
-            starts |= {address: address - first + int(offset, 16) for address in storages if first <= address < last}
-    return {address: start for address, start in starts.items() if archive.entries.get(start) == storages[address]}
+    return {} if archive.swapped else starts
+
+
+def _mappings(inode: int) -> list[tuple[int, int, int]]:
+    """List where a file is mapped, as first and last address and offset; nothing where the system does not tell."""
+    found = []
+    try:
+        for line in MAPPINGS.read_text(errors="replace").splitlines():
+            span, _, offset, _, mapped, *_ = line.split()
+            if int(mapped) == inode:
+                first, last = (int(address, 16) for address in span.split("-"))
+                found.append((first, last, int(offset, 16)))
+    except (OSError, ValueError):
+        return []
+    return found
 
 
 def _summary(content: object) -> str:

@@ -17,7 +17,7 @@ def unheard(task: str, done: int, total: int) -> None:
 @contextmanager
 def on_terminal(quiet: bool = False) -> Iterator[Progress]:
     """Show bytes, rate and time left where standard error is a terminal, and nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield unheard
         return
     from rich import progress as bars

@@ -58,11 +58,15 @@ class Extent:
         """Return all its bytes, writable.
 
         Raises:
-            CheckpointError: The file is shorter than it was when it was opened.
+            CheckpointError: The file is shorter than it was when it was opened, or cannot be read.
         """
         data = bytearray(self.size)
-        self.file.seek(self.start)
-        if self.file.readinto(data) != self.size:
+        try:
+            self.file.seek(self.start)
+            count = self.file.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if count != self.size:
             raise CheckpointError(f"{self.path} ended while it was read; was it changed meanwhile?")
         return memoryview(data)
 

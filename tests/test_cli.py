@@ -210,6 +210,26 @@ def test_a_pipe_shows_no_progress(tmp_path: Path) -> None:
     assert result.stderr == b""
 
 
+def test_a_process_without_standard_error_converts(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m speculators convert {DATA / 'eagle3'} --verifier {VERIFIER}"
+    command += f" --output-path {tmp_path / 'out'} 2>&-"
+
+    result = subprocess.run(command, shell=True, capture_output=True, check=True)
+
+    assert result.stdout.endswith(f"Wrote {tmp_path / 'out'}\n".encode())
+
+
+def test_a_warning_is_one_line(variant: Copy, tmp_path: Path) -> None:
+    source = variant("eagle3", layout="legacy-bin")
+    command = [sys.executable, "-m", "speculators", "convert", str(source), "--verifier", str(VERIFIER)]
+
+    result = subprocess.run([*command, "--output-path", str(tmp_path / "out")], capture_output=True, check=True)
+
+    path = source / "pytorch_model.bin"
+    message = f"Warning: {path} is in PyTorch's format of before 1.6 and is read into memory whole\n"
+    assert result.stderr.decode() == message
+
+
 def test_shards_can_be_asked_for(tmp_path: Path) -> None:
     result = convert(tmp_path, "--max-shard-size", "100KB")
 

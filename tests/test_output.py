@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -185,6 +186,7 @@ def test_shards_are_those_of_the_hub_library(tmp_path: Path) -> None:
         ("500 MB", 5 * 10**8),
         ("1.5gb", 15 * 10**8),
         ("2TB", 2 * 10**12),
+        ("0.001TB", 10**9),
         ("8B", 8),
     ],
 )
@@ -192,7 +194,9 @@ def test_sizes_are_written_as_for_the_hub(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "0GB", "-5GB", "5 apples", "1e9", "5GiB", "0.1B", "٥GB", -1, 0])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "0", "0GB", "-5GB", "5 apples", "1e9", "5GiB", "0.1B", "٥GB", "5\u212aB", "9" * 5000, -1, 0]
+)
 def test_what_is_no_size_is_refused(text: str | int) -> None:
     with pytest.raises(OptionError, match="is no size of a shard; write it as '5GB' or '500MB'"):
         parse_size(text)
@@ -288,7 +292,10 @@ def test_a_source_that_is_replaced_while_it_is_copied_is_the_one_that_was_opened
     assert (tmp_path / "model.safetensors").read_bytes().endswith(b"old")
 
 
-def test_an_error_that_the_disk_reports_late_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunks", [(b"1", b"2", b"3"), (b"123",)], ids=["early", "by the last sync"])
+def test_an_error_that_the_disk_reports_late_is_an_error(
+    chunks: tuple[bytes, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = iter([OSError(errno.EIO, "Input/output error")])
 
     def sync(descriptor: int) -> None:
@@ -298,7 +305,61 @@ def test_an_error_that_the_disk_reports_late_is_an_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", sync)
 
     with pytest.raises(OSError, match="Input/output error"):
-        write_safetensors(tmp_path, [payload("a", "U8", (3,), b"1", b"2", b"3")])
+        write_safetensors(tmp_path, [payload("a", "U8", (3,), *chunks)])
+
+
+def test_a_filesystem_that_cannot_sync_folders_gets_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+    refused = []
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == ["out"]
+    assert len(refused) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with (
+        Path("/proc/self/mem").open("rb") as memory,  # whose first bytes are never mapped
+        pytest.raises(CheckpointError, match="in cannot be read: Input/output error"),
+    ):
+        extent = Extent(tmp_path / "in", memory, 0, 10)
+        write_safetensors(tmp_path, [Payload("a", TensorInfo("U8", (10,)), [extent])])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_target_meanwhile_is_kept(overwrite: bool, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="out"), staged(tmp_path / "out", overwrite) as folder:
+        (folder / "config.json").write_text(CONFIG)
+        existing(tmp_path / "out", chapter_tex="years of work")
+
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["\U0001f600" * 60, "x" * 255], ids=["of 60 emoji", "of 255 letters"])
+def test_a_name_as_long_as_the_disk_allows_is_accepted(name: str, tmp_path: Path) -> None:
+    with staged(tmp_path / name) as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == [name]
+
+
+def test_the_working_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(OutputError, match=r"the output \. is the working folder, which cannot be replaced"):
+        check_target(Path(), [], overwrite=False)
 
 
 @pytest.mark.parametrize("chunks", [(b"\1",), (b"\1\2", b"\3")], ids=["too few", "too many"])

@@ -259,34 +259,111 @@ def test_a_compressed_file_is_read_with_a_warning(size: int, tmp_path: Path) -> 
     assert np.array_equal(np.frombuffer(content(file, "a"), "<i8"), np.arange(size))
 
 
-def test_numbers_whose_bytes_are_reversed_are_put_in_order(tmp_path: Path) -> None:
-    torch.save({"a": torch.tensor([1, 2])}, tmp_path / "x.bin")
-    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+def change_entries(path: Path, **changed: bytes) -> None:
+    """Pack a file anew with other content in some entries; a keyword ``data_0`` stands for ``data/0``."""
+    with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    entries |= {"x/byteorder": b"big", "x/data/0": b"\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\2"}
-    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+    entries |= {f"{path.stem}/{name.replace('_', '/')}": data for name, data in changed.items()}
+    with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
             archive.writestr(name, data)
+
+
+def test_numbers_whose_bytes_are_reversed_are_put_in_order(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([1, 2])}, tmp_path / "x.bin")
+    change_entries(tmp_path / "x.bin", byteorder=b"big", data_0=b"\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\2")
 
     file = PickleFile(tmp_path / "x.bin")
 
     assert content(file, "a") == b"\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"
 
 
-def test_a_tensor_that_would_reach_into_the_next_one_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": torch.arange(100), "b": torch.arange(200)}, tmp_path / "x.bin")
-    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    entries["x/data/0"] = entries["x/data/0"][:80]
-    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
+@pytest.mark.parametrize("told", [True, False], ids=["mappings told", "not told"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((80, 1600), id="too few bytes"),
+        pytest.param((808, 1600), id="too many bytes"),
+        pytest.param((1600, 800), id="the size of the other"),
+    ],
+)
+def test_a_tensor_that_the_file_holds_in_another_size_is_refused(
+    sizes: tuple[int, int], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:
+        monkeypatch.setattr("speculators.pickles.MAPPINGS", tmp_path / "maps")
+    torch.save({"a": torch.arange(100), "b": torch.arange(200), "c": torch.arange(300)}, tmp_path / "x.bin")
+    change_entries(tmp_path / "x.bin", data_0=bytes(sizes[0]), data_1=bytes(sizes[1]))
 
-    with pytest.raises(CheckpointError, match=r"x\.bin is damaged: a tensor of it takes 800 bytes.*none of that size"):
+    with pytest.raises(CheckpointError, match=r"x\.bin is damaged: it does not hold as many bytes of each tensor"):
         PickleFile(tmp_path / "x.bin")
 
 
-@pytest.mark.parametrize("listing", [None, "", "7f00-7f01 r--p 0 fe:00 1"], ids=["none", "empty", "of something else"])
+@pytest.mark.filterwarnings("ignore:.*(before 1.6|compressed)")
+def test_whatever_is_damaged_a_checkpoint_error_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.arange(3), "b": torch.ones(2, 2)}, path)
+    sound = path.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(600):
+        damaged = bytearray(sound)
+        for place in generator.integers(len(sound), size=generator.integers(1, 4)):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            file = PickleFile(path)
+            for name in file.tensors:
+                content(file, name)
+            file.verify()
+        except CheckpointError:
+            refused += 1
+
+    assert refused > 200  # the rest of the bytes are padding, which nobody reads
+
+
+@pytest.mark.parametrize("key", [0, ("a", "b"), None], ids=str)
+def test_tensors_under_something_else_than_names_are_refused(key: object, tmp_path: Path) -> None:
+    torch.save({key: torch.ones(2), "0": torch.zeros(2)}, tmp_path / "x.bin")
+
+    with pytest.raises(CheckpointError, match=r"x\.bin holds a dict of .*, expected a flat dict of names and tensors"):
+        PickleFile(tmp_path / "x.bin")
+
+
+ONE = torch.arange(6.0).view(3, 2)
+
+
+@pytest.mark.parametrize("file", ["mapped", "not told", "legacy"])
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        pytest.param(ONE[:1, 1], [1.0], id="one element of a column"),
+        pytest.param(ONE[1:2, :1], [2.0], id="one element of a matrix"),
+        pytest.param(ONE[:0, 1], [], id="no element of a column"),
+        pytest.param(ONE[1, 1], [3.0], id="a number"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_a_view_of_one_element_or_none_is_read_exactly(
+    view: torch.Tensor, expected: list[float], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file == "not told":
+        monkeypatch.setattr("speculators.pickles.MAPPINGS", tmp_path / "maps")
+    torch.save({"a": view}, tmp_path / "x.bin", _use_new_zipfile_serialization=file != "legacy")
+
+    assert np.frombuffer(content(PickleFile(tmp_path / "x.bin"), "a"), "<f4").tolist() == expected
+
+
+LISTINGS = {
+    "none": None,
+    "empty": "",
+    "of something else": "7f00-7f01 r--p 0 fe:00 1",
+    "short lines": "7f00-7f01 r--p",
+    "no numbers": "7f00-7f01 r--p 0 fe:00 inode",
+}
+
+
+@pytest.mark.parametrize("listing", LISTINGS.values(), ids=LISTINGS)
 def test_a_system_that_does_not_tell_what_is_mapped_reads_the_same(
     listing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
