@@ -34,8 +34,8 @@ SPECULATORS = str(Path(sys.executable).with_name("speculators"))
 WEIGHTS = (".safetensors", ".bin")
 VERIFIER = "verifier"
 
-TINY = HERE.parent / "tests" / "data"
-"""Trained heads of some hundred kB, whose conversion takes as long as it takes to start."""
+TINY = HERE.parent / "tests" / "data" / "eagle1-no-bias"
+"""A head of some hundred kB, whose conversion takes as long as it takes to start."""
 
 LARGE = 4 * 1_900_000_000
 
@@ -193,16 +193,8 @@ class Growth:
 def growth(folder: Path, rounds: int) -> tuple[float, list[Growth]]:
     """Measure other sizes and numbers of shards, and what a conversion takes before it copies anything."""
     out, found = folder / "out", []
-    command = [
-        SPECULATORS,
-        "convert",
-        str(TINY / "eagle3"),
-        "--algorithm",
-        "eagle3",
-        "--verifier",
-        str(TINY / VERIFIER),
-    ]
-    start = Measured([*command, "--no-validate", "--output-path", str(out)], out)
+    arguments = ["--verifier", str(TINY.with_name(VERIFIER)), "--no-validate", "--output-path", str(out)]
+    start = Measured([SPECULATORS, "convert", str(TINY), *arguments], out)
     for size, shards in [*((size, 1) for size in SIZES), *((SIZES[1], shards) for shards in SHARDS[1:])]:
         options = ("--size", str(size), "--shards", str(shards), *GROWING)
         head = make(folder / f"grown-{size // 1_000_000}-{shards}", *options)
@@ -218,7 +210,7 @@ def growth(folder: Path, rounds: int) -> tuple[float, list[Growth]]:
 def growth_table(start: float, found: list[Growth]) -> str:
     """Return the table of other sizes."""
     lines = [
-        f"A head of {weight_bytes(TINY / 'eagle3') / 1e6:.1f} MB takes {start:.2f} s, the start of every conversion.",
+        f"A head of {weight_bytes(TINY) / 1e6:.1f} MB takes {start:.2f} s, the start of every conversion.",
         "",
         "| head | cp and fsync, s | convert, s | less the start, s per GB | peak MB |",
         "|---|---|---|---|---|",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes
+from speculators import dtypes, pickles
 from speculators.errors import CheckpointError
 from speculators.pickles import PickleFile
 from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
@@ -22,11 +23,27 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-FORMATS: Mapping[str, tuple[str, Callable[[Path], WeightFile]]] = {
-    ".safetensors": ("model", SafetensorsFile),
-    ".bin": ("pytorch_model", PickleFile),
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of weight file.
+
+    Attributes:
+        stem: What the conventional name begins with.
+        read: Opens one.
+        verify: Compares one with the checksums that it holds, if the format has any.
+    """
+
+    stem: str
+    read: Callable[[Path], WeightFile]
+    verify: Callable[[Path], None] | None = None
+
+
+FORMATS: Mapping[str, Format] = {
+    ".safetensors": Format("model", SafetensorsFile),
+    ".bin": Format("pytorch_model", PickleFile, pickles.verify),
 }
-"""Suffix of a weight file → conventional stem, reader; in order of preference."""
+"""Suffix of a weight file → its format; in order of preference."""
 
 
 INDEX = ".index.json"
@@ -77,7 +94,7 @@ class Checkpoint:
         Raises:
             CheckpointError: None, several alternatives, or a damaged one.
         """
-        return tuple(_open_all(self.path))
+        return tuple(_open(path, listing) for path, listing in _locate(self.path).items())
 
     @cached_property
     def _homes(self) -> dict[str, WeightFile]:
@@ -95,13 +112,14 @@ class Checkpoint:
         return {name: file.tensors[name] for name, file in sorted(self._homes.items())}
 
     def verify(self) -> None:
-        """Compare the weight files with the checksums that they hold.
+        """Compare the weight files with the checksums that they hold; may run beside anything else.
 
         Raises:
             CheckpointError: One was damaged after it was written.
         """
-        for file in self.files:
-            file.verify()
+        for path in _locate(self.path):
+            if check := FORMATS[path.suffix].verify:
+                check(path)
 
     @property
     def has_weights(self) -> bool:
@@ -155,8 +173,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _candidates(folder: Path) -> Iterator[list[Path]]:
     """Yield alternative sets of weight files: those with conventional names first, then any others."""
-    for suffix, (stem, _) in FORMATS.items():
-        named = [folder / f"{stem}{suffix}", folder / f"{stem}{suffix}{INDEX}"]
+    for suffix, kind in FORMATS.items():
+        named = [folder / f"{kind.stem}{suffix}", folder / f"{kind.stem}{suffix}{INDEX}"]
         if present := [file for file in named if file.is_file()]:
             yield present
     for suffix in FORMATS:
@@ -165,7 +183,12 @@ def _candidates(folder: Path) -> Iterator[list[Path]]:
             yield others
 
 
-def _open_all(path: Path) -> Iterator[WeightFile]:
+Listing = tuple[Path, set[str]]
+"""An index, and the tensors that it says a file holds."""
+
+
+def _locate(path: Path) -> dict[Path, Listing | None]:
+    """Find the weight files of a checkpoint, and what an index says about each, if there is one."""
     if path.is_file():
         files = [path]
     else:
@@ -182,26 +205,29 @@ def _open_all(path: Path) -> Iterator[WeightFile]:
         raise CheckpointError(f"{file} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
     if _SHARD.search(file.name):
         raise CheckpointError(f"{file} is one shard of several, and their index is missing. Download it again.")
-    reader = FORMATS[suffix][1]
-    if file.name.endswith(INDEX):
-        yield from _open_shards(file, reader)
-    else:
-        yield reader(file)
+    return _locate_shards(file) if file.name.endswith(INDEX) else {file: None}
 
 
-def _open_shards(index: Path, reader: Callable[[Path], WeightFile]) -> Iterator[WeightFile]:
+def _locate_shards(index: Path) -> dict[Path, Listing | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
     present = {entry.name for entry in index.parent.iterdir()}
+    shards: dict[Path, Listing | None] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index} names the shard {shard!r}; shards must lie beside their index")
         if shard not in present:
             raise CheckpointError(f"{index} names the shard {shard!r}, which is missing. Download it again.")
-        file = reader(index.parent / shard)
-        listed = {name for name, home in weight_map.items() if home == shard}
-        if listed != set(file.tensors):
-            odd = sorted(listed ^ set(file.tensors))[0]
-            raise CheckpointError(f"{index} and {shard} disagree about tensor {odd!r}")
-        yield file
+        if Path(shard).suffix not in FORMATS:
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is no weight file")
+        shards[index.parent / shard] = (index, {name for name, home in weight_map.items() if home == shard})
+    return shards
+
+
+def _open(path: Path, listing: Listing | None) -> WeightFile:
+    file = FORMATS[path.suffix].read(path)
+    if listing is not None and listing[1] != set(file.tensors):
+        odd = sorted(listing[1] ^ set(file.tensors))[0]
+        raise CheckpointError(f"{listing[0]} and {path.name} disagree about tensor {odd!r}")
+    return file

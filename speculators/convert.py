@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,39 +137,43 @@ def convert_model(
         SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
             then as it was before.
     """
-    target, source = local_path(output_path), local_path(model)
-    output.check_target(target, (source, local_path(verifier)), overwrite)
+    target, model_path = local_path(output_path), local_path(model)
+    output.check_target(target, (model_path, local_path(verifier)), overwrite)
     shard_size = None if max_shard_size is None else output.parse_size(max_shard_size)
     if validate:
-        from speculators.draft import find_device
         from speculators.validation import check, require_level
 
         require_level(validate_level)
-        find_device(validate_device)
-    conversion = prepare(
-        source,
-        Verifier(verifier),
-        algorithm=algorithm,
-        dtype=dtype,
-        registry=registry or Registry(),
-        algorithm_kwargs=algorithm_kwargs,
-        progress=progress,
-    )
-    spec = conversion.algorithm.spec
-    report = None
-    with output.staged(target, overwrite) as folder:
-        write(conversion, folder, max_shard_size=shard_size, progress=progress)
+    source, report = Checkpoint(model_path), None
+    with verifying(source) as verified:
         if validate:
-            progress("validating", 0, 0)
-            report = check(
-                folder,
-                spec,
-                conversion.context.verifier,
-                conversion=conversion,
-                device=validate_device,
-                level=validate_level,
-            )
-            report.raise_on_failure()
+            from speculators.draft import find_device
+
+            find_device(validate_device)
+        conversion = prepare(
+            source,
+            Verifier(verifier),
+            algorithm=algorithm,
+            dtype=dtype,
+            registry=registry or Registry(),
+            algorithm_kwargs=algorithm_kwargs,
+            progress=progress,
+        )
+        spec = conversion.algorithm.spec
+        with output.staged(target, overwrite) as folder:
+            write(conversion, folder, max_shard_size=shard_size, progress=progress)
+            verified()
+            if validate:
+                progress("validating", 0, 0)
+                report = check(
+                    folder,
+                    spec,
+                    conversion.context.verifier,
+                    conversion=conversion,
+                    device=validate_device,
+                    level=validate_level,
+                )
+                report.raise_on_failure()
     return ConversionResult(
         output_path=target,
         algorithm=spec.name,
@@ -183,8 +188,24 @@ def convert_model(
     )
 
 
+@contextmanager
+def verifying(source: Checkpoint) -> Iterator[Callable[[], None]]:
+    """Compare a source with its checksums beside other work; yields what waits for the outcome.
+
+    Raises:
+        CheckpointError: The source was damaged after it was written; said also where a mismatch is what it led to.
+    """
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        verified = beside.submit(source.verify)
+        try:
+            yield verified.result
+        except MismatchError:
+            verified.result()
+            raise
+
+
 def prepare(
-    model: Path,
+    source: Checkpoint,
     verifier: Verifier,
     *,
     algorithm: str,
@@ -194,7 +215,7 @@ def prepare(
     progress: Progress = unheard,
 ) -> Conversion:
     """Read, recognise, plan and configure: all of a conversion but the writing."""
-    source = Checkpoint(model)
+    model = source.path
     if MODEL_TYPE_KEY in source.config:
         raise AlreadyConvertedError(
             f"{model} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
@@ -211,7 +232,6 @@ def prepare(
     facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
-        source.verify()  # damage would explain them better
         raise MismatchError(
             f"{model} cannot be converted as {spec.name!r} (nothing was written):",
             planned.findings,
@@ -285,7 +305,7 @@ def write(
         progress: Told about the bytes that were written.
 
     Raises:
-        CheckpointError: The source was damaged, which its checksums show, or changed meanwhile.
+        CheckpointError: The source was changed meanwhile.
     """
     payloads = list(_payloads(conversion))
     total, done = sum(payload.info.nbytes for payload in payloads), 0
@@ -296,10 +316,7 @@ def write(
         progress("writing", done, total)
 
     (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        verified = beside.submit(conversion.context.source.verify)
-        output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
-        verified.result()
+    output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:

@@ -38,7 +38,7 @@ class Cut:
         dtype = source.tensors[name].dtype
         first = self.start * dtypes.SIZES[dtype]
         last = first + TensorInfo(dtype, shape).nbytes
-        return dtype, (source.stretch(each, first, last) for each in names)
+        return dtype, (source.stretch(each, first, last) for each in names)  # not before it is written
 
 
 def join(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, Iterable[Chunk]]:

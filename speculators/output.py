@@ -61,12 +61,13 @@ def check_target(path: Path, sources: Iterable[Path], overwrite: bool) -> None:
     try:
         target = path.resolve()
         inside = [source for source in sources if source.resolve().is_relative_to(target)]
+        working = target == Path.cwd()
         path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"{path} is no path that this system knows: {error}") from error
     if inside:
         raise OutputError(f"the output {path} would replace its own source {inside[0]}; choose another --output-path")
-    if target == Path.cwd():
+    if working:
         raise OutputError(f"the output {path} is the working folder, which cannot be replaced; name a folder in it")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} exists and is no folder; choose another --output-path")

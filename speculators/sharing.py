@@ -44,7 +44,6 @@ def settle(
             kept.append(comparison.move)
             notes.append(f"{name} {difference}; it is kept")
         else:
-            context.source.verify()  # damage would explain it better
             raise MismatchError(
                 f"{context.source.path} cannot be converted (nothing was written):",
                 [f"{name} {difference}, and the output type has no room for a draft's own {role}"],

@@ -148,17 +148,14 @@ def validate_model(
         raise CheckpointError(f"the config of {folder} names no verifier; pass --verifier")
     base, conversion = Verifier(named), None
     if source is not None:
-        from speculators.convert import prepare
+        from speculators.convert import prepare, verifying
 
-        conversion = prepare(
-            local_path(source),
-            base,
-            algorithm=spec.name,
-            dtype=None,
-            registry=registry,
-            algorithm_kwargs=algorithm_kwargs,
-        )
-        conversion.context.source.verify()
+        native = Checkpoint(local_path(source))
+        with verifying(native) as verified:
+            conversion = prepare(
+                native, base, algorithm=spec.name, dtype=None, registry=registry, algorithm_kwargs=algorithm_kwargs
+            )
+            verified()
     elif algorithm_kwargs:
         raise OptionError("options of the algorithm say how a source was converted; pass the source as well")
     return check(

@@ -106,9 +106,6 @@ class WeightFile(Protocol):
         They are an extent where the file holds them like that.
         """
 
-    def verify(self) -> None:
-        """Compare the file with the checksums that it holds, if its format has any."""
-
 
 class SafetensorsFile:
     """A ``.safetensors`` file, whole and well-formed, or a `CheckpointError` that says why not."""
@@ -131,9 +128,6 @@ class SafetensorsFile:
         """Return where bytes ``start`` to ``stop`` of a tensor lie."""
         first, _ = self._offsets[name]
         return Extent(self.path, self._file, self._base + first + start, stop - start)
-
-    def verify(self) -> None:
-        """Do nothing: the format has no checksums."""
 
     def _check_offsets(self) -> None:
         expected = 0

@@ -28,7 +28,12 @@ def converted_draft(source: Path, folder: Path, verifier: Path = VERIFIER, **opt
 def source_draft(source: Path, verifier: Path = VERIFIER, **options: object) -> Draft:
     """Load ``source`` as the validation does to compare an output with it, in float32."""
     conversion = prepare(
-        source, Verifier(verifier), algorithm="auto", dtype=None, registry=Registry(), algorithm_kwargs=options
+        Checkpoint(source),
+        Verifier(verifier),
+        algorithm="auto",
+        dtype=None,
+        registry=Registry(),
+        algorithm_kwargs=options,
     )
     return of_source(conversion, dtype="float32")
 

@@ -350,6 +350,7 @@ def test_an_index_finds_the_tensors_of_its_shards(tmp_path: Path) -> None:
         pytest.param({"a": ".."}, r"names the shard '\.\.'", id="the parent folder"),
         pytest.param({"a": "."}, r"names the shard '\.'", id="the folder itself"),
         pytest.param({"a": ""}, "names the shard ''", id="no name"),
+        pytest.param({"a": "readme.md"}, r"names the shard 'readme\.md', which is no weight file", id="no weights"),
         pytest.param({"a": "x" * 300}, "names the shard 'x", id="name too long"),
         pytest.param({"a": 1}, "has no weight_map", id="a number as shard"),
         pytest.param(["x.safetensors"], "has no weight_map", id="a list as map"),
@@ -371,6 +372,7 @@ def test_a_faulty_index_is_refused(weight_map: object, message: str, tmp_path: P
     (tmp_path / "in").mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     source = indexed(tmp_path / "in", weight_map, x=["a", "b"], y=["b"])
+    (tmp_path / "in" / "readme.md").write_text("words")
 
     with pytest.raises(CheckpointError, match=rf"model\.safetensors\.index\.json.* {message}"):
         _ = source.tensors
