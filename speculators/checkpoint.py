@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, pickles
@@ -36,7 +37,7 @@ class Format:
 
     stem: str
     read: Callable[[Path], WeightFile]
-    verify: Callable[[Path], None] | None = None
+    verify: Callable[[Path, Event], None] | None = None
 
 
 FORMATS: Mapping[str, Format] = {
@@ -111,15 +112,18 @@ class Checkpoint:
         """Dtype and shape of every stored tensor by name."""
         return {name: file.tensors[name] for name, file in sorted(self._homes.items())}
 
-    def verify(self) -> None:
+    def verify(self, stopped: Event) -> None:
         """Compare the weight files with the checksums that they hold; may run beside anything else.
+
+        Args:
+            stopped: Ends the work early when it is set.
 
         Raises:
             CheckpointError: One was damaged after it was written.
         """
         for path in _locate(self.path):
             if check := FORMATS[path.suffix].verify:
-                check(path)
+                check(path, stopped)
 
     @property
     def has_weights(self) -> bool:
@@ -210,7 +214,8 @@ def _locate(path: Path) -> dict[Path, Listing | None]:
 
 def _locate_shards(index: Path) -> dict[Path, Listing | None]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not weight_map or not named:
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
     present = {entry.name for entry in index.parent.iterdir()}
     shards: dict[Path, Listing | None] = {}

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, output
 from speculators.checkpoint import Checkpoint, local_path
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import AlreadyConvertedError, MismatchError, OptionError
+from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError
 from speculators.operations import cast, derive
 from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
@@ -144,7 +145,7 @@ def convert_model(
         from speculators.validation import check, require_level
 
         require_level(validate_level)
-    source, report = Checkpoint(model_path), None
+    source, base, report = Checkpoint(model_path), Verifier(verifier), None
     with verifying(source) as verified:
         if validate:
             from speculators.draft import find_device
@@ -152,7 +153,7 @@ def convert_model(
             find_device(validate_device)
         conversion = prepare(
             source,
-            Verifier(verifier),
+            base,
             algorithm=algorithm,
             dtype=dtype,
             registry=registry or Registry(),
@@ -193,15 +194,18 @@ def verifying(source: Checkpoint) -> Iterator[Callable[[], None]]:
     """Compare a source with its checksums beside other work; yields what waits for the outcome.
 
     Raises:
-        CheckpointError: The source was damaged after it was written; said also where a mismatch is what it led to.
+        CheckpointError: The source was damaged after it was written, also where that led to another error of it.
     """
+    stopped = Event()
     with ThreadPoolExecutor(max_workers=1) as beside:
-        verified = beside.submit(source.verify)
+        verified = beside.submit(source.verify, stopped)
         try:
             yield verified.result
-        except MismatchError:
+        except CheckpointError:
             verified.result()
             raise
+        finally:
+            stopped.set()
 
 
 def prepare(

@@ -7,6 +7,7 @@ from the file itself, and can be copied unread.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import struct
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from speculators import dtypes
@@ -88,8 +90,12 @@ class PickleFile:
         return flat.view(torch.uint8).numpy().data
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, stopped: Event) -> None:
     """Check the checksums of an archive, which torch does not look at when it maps one.
+
+    Args:
+        path: The file.
+        stopped: Ends the work early when it is set, as nobody waits for the outcome any more.
 
     Raises:
         CheckpointError: The content was changed after it was written.
@@ -102,7 +108,8 @@ def verify(path: Path) -> None:
             for entry in archive.infolist():
                 with archive.open(entry) as content:
                     while content.read(VERIFIED):
-                        pass
+                        if stopped.is_set():
+                            return
     except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(f"{path} is damaged: {error}. Download it again.") from error
 
@@ -112,7 +119,7 @@ class _Archive:
     """A zip file as torch writes them.
 
     Attributes:
-        entries: Where the content of each entry starts → its size.
+        entries: Where the content of each storage starts → its size.
         mappable: Whether all entries are stored as they are.
         swapped: Whether numbers are stored with their bytes in reverse.
     """
@@ -120,6 +127,10 @@ class _Archive:
     entries: Mapping[int, int]
     mappable: bool
     swapped: bool
+
+    def holds(self, start: int, size: int) -> bool:
+        """Tell whether a storage of ``size`` bytes starts there; bytes that fill no element may follow it."""
+        return 0 <= self.entries.get(start, -1) - size < max(dtypes.SIZES.values())
 
 
 def _is_archive(file: BufferedReader) -> bool:
@@ -134,7 +145,8 @@ def _read_archive(path: Path) -> _Archive:
             for entry in listed:
                 file.seek(entry.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
                 name, extra = struct.unpack("<HH", file.read(4))
-                entries[entry.header_offset + 30 + name + extra] = entry.file_size
+                if "/data/" in entry.filename:
+                    entries[entry.header_offset + 30 + name + extra] = entry.file_size
             order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
             swapped = order is not None and archive.read(order) == b"big"
     except OSError:
@@ -189,11 +201,13 @@ def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], a
         for first, last, offset in mappings
         if first <= address < last
     }
-    # Where the system does not tell, some address of the mapping must put every storage into its entry.
+    # Where the system does not tell, some address at which files are mapped must put every storage into its entry.
     anywhere = next(iter(storages), 0)
     bases = [address - start for address, start in starts.items()] or [anywhere - start for start in archive.entries]
     if storages and not any(
-        all(archive.entries.get(address - base) == size for address, size in storages.items()) for base in bases
+        base % mmap.ALLOCATIONGRANULARITY == 0
+        and all(archive.holds(address - base, size) for address, size in storages.items())
+        for base in bases
     ):
         raise CheckpointError(
             f"{file.name} is damaged: it does not hold as many bytes of each tensor as its pickle says. "

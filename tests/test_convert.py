@@ -562,6 +562,17 @@ def test_validating_against_a_pickle_whose_bytes_were_changed_is_refused(variant
         validate_model(tmp_path / "out", source=source)
 
 
+def test_damage_explains_a_value_that_cannot_be_cast(variant: Copy, tmp_path: Path) -> None:
+    weight = read_tensors(DATA / "eagle3")["norm.weight"].bfloat16()
+    source = variant("eagle3", layout="bin", tensors={"norm.weight": weight})
+    path = source / "pytorch_model.bin"
+    stored = weight.view(torch.uint8).numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(stored, b"\x00\x7f" + stored[2:]))
+
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged: Bad CRC-32"):
+        convert_model(source, verifier=VERIFIER, output_path=tmp_path / "out", dtype="float16")
+
+
 def test_damage_explains_what_it_brings_about(variant: Copy, tmp_path: Path) -> None:
     source = variant("eagle3", layout="bin")
     path = source / "pytorch_model.bin"

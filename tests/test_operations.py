@@ -298,6 +298,7 @@ def test_a_cast_reaches_what_was_cut_joined_and_made(install: Install, tmp_path:
         pytest.param('"F32", bytes(512)', "cannot make 'scale': TypeError", id="bytes instead of chunks"),
         pytest.param('"F32", ["text"]', "cannot make 'scale': TypeError", id="text"),
         pytest.param("None", "cannot make 'scale': TypeError", id="nothing"),
+        pytest.param('"F32", map(open, ["nowhere"])', "cannot make 'scale': FileNotFoundError", id="misses a file"),
         pytest.param('"F32", (1 / 0 for _ in range(1))', "cannot make 'scale': ZeroDivisionError", id="fails late"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_a_file_that_was_packed_anew_in_another_order_is_read_exactly(tmp_path: 
     assert {name: np.frombuffer(content(file, name), "<i8").tolist() for name in file.tensors} == {
         str(number): [number] * 100 for number in range(4)
     }
-    verify(tmp_path / "x.bin")
+    verify(tmp_path / "x.bin", Event())
 
 
 @pytest.mark.parametrize("size", [100, 1_000_000])
@@ -299,6 +300,41 @@ def test_a_tensor_that_the_file_holds_in_another_size_is_refused(
         PickleFile(tmp_path / "x.bin")
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["mappings told", "not told"])
+def test_another_entry_of_the_right_size_does_not_make_up_for_one_that_is_cut(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:
+        monkeypatch.setattr("speculators.pickles.MAPPINGS", tmp_path / "maps")
+    torch.save({"a": torch.arange(8)}, tmp_path / "x.bin")
+    change_entries(tmp_path / "x.bin", data_0=bytes(32), zzz=bytes(64), data_zzz=bytes(64))
+
+    with pytest.raises(CheckpointError, match=r"x\.bin is damaged: it does not hold as many bytes of each tensor"):
+        PickleFile(tmp_path / "x.bin")
+
+
+def test_bytes_behind_the_last_element_are_nobodys(tmp_path: Path) -> None:
+    buffer = torch.arange(9, dtype=torch.uint8)
+    torch.save({"a": buffer[:-1].view(torch.int32)}, tmp_path / "x.bin")
+
+    file = PickleFile(tmp_path / "x.bin")
+
+    assert content(file, "a") == bytes(range(8))
+
+
+def test_a_comparison_that_nobody_waits_for_ends_early(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(8)}, tmp_path / "x.bin")
+    change_entries(tmp_path / "x.bin")
+    data = (tmp_path / "x.bin").read_bytes()
+    (tmp_path / "x.bin").write_bytes(data.replace(torch.arange(8).numpy().tobytes(), bytes(64)))
+    stopped = Event()
+
+    with pytest.raises(CheckpointError, match=r"Bad CRC-32 for file 'x/data/0'"):
+        verify(tmp_path / "x.bin", stopped)
+    stopped.set()
+    verify(tmp_path / "x.bin", stopped)
+
+
 @pytest.mark.filterwarnings("ignore:.*(before 1.6|compressed)")
 def test_whatever_is_damaged_a_checkpoint_error_says_so(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
@@ -315,7 +351,7 @@ def test_whatever_is_damaged_a_checkpoint_error_says_so(tmp_path: Path) -> None:
             file = PickleFile(path)
             for name in file.tensors:
                 content(file, name)
-            verify(path)
+            verify(path, Event())
         except CheckpointError:
             refused += 1
 

@@ -355,6 +355,7 @@ def test_an_index_finds_the_tensors_of_its_shards(tmp_path: Path) -> None:
         pytest.param({"a": 1}, "has no weight_map", id="a number as shard"),
         pytest.param(["x.safetensors"], "has no weight_map", id="a list as map"),
         pytest.param(None, "has no weight_map", id="no map"),
+        pytest.param({}, "has no weight_map", id="an empty map"),
         pytest.param({"a": "x.safetensors"}, r"x\.safetensors disagree about tensor 'b'", id="tensor not in index"),
         pytest.param(
             {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"},
