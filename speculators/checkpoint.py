@@ -95,7 +95,11 @@ class Checkpoint:
         Raises:
             CheckpointError: None, several alternatives, or a damaged one.
         """
-        return tuple(_open(path, listing) for path, listing in _locate(self.path).items())
+        return tuple(_open(path, listing) for path, listing in self._located.items())
+
+    @cached_property
+    def _located(self) -> dict[Path, Listing | None]:
+        return _locate(self.path)
 
     @cached_property
     def _homes(self) -> dict[str, WeightFile]:
@@ -121,7 +125,7 @@ class Checkpoint:
         Raises:
             CheckpointError: One was damaged after it was written.
         """
-        for path in _locate(self.path):
+        for path in self._located:
             if check := FORMATS[path.suffix].verify:
                 check(path, stopped)
 

@@ -219,10 +219,9 @@ def prepare(
     progress: Progress = unheard,
 ) -> Conversion:
     """Read, recognise, plan and configure: all of a conversion but the writing."""
-    model = source.path
     if MODEL_TYPE_KEY in source.config:
         raise AlreadyConvertedError(
-            f"{model} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
+            f"{source.path} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
             f"speculators {source.config.get('speculators_version', 'of an unknown version')}); nothing was converted"
         )
     if dtype is not None and dtypes.STORED_NAMES.get(dtype) not in dtypes.FLOATS:
@@ -237,7 +236,7 @@ def prepare(
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
         raise MismatchError(
-            f"{model} cannot be converted as {spec.name!r} (nothing was written):",
+            f"{source.path} cannot be converted as {spec.name!r} (nothing was written):",
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )

@@ -45,7 +45,7 @@ class PickleFile:
         self.path = path
         try:
             self._file = path.open("rb")
-            archive = _read_archive(path) if _is_archive(self._file) else None
+            archive = _read_archive(self._file) if _is_archive(self._file) else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         mapped = archive is not None and archive.mappable
@@ -104,7 +104,7 @@ def verify(path: Path, stopped: Event) -> None:
         with path.open("rb") as file:
             if not _is_archive(file):
                 return
-        with zipfile.ZipFile(path) as archive:
+            archive = zipfile.ZipFile(file)
             for entry in archive.infolist():
                 with archive.open(entry) as content:
                     while content.read(VERIFIED):
@@ -137,22 +137,22 @@ def _is_archive(file: BufferedReader) -> bool:
     return file.read(4) == b"PK\x03\x04"
 
 
-def _read_archive(path: Path) -> _Archive:
+def _read_archive(file: BufferedReader) -> _Archive:
     entries = {}
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            listed = archive.infolist()
-            for entry in listed:
-                file.seek(entry.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
-                name, extra = struct.unpack("<HH", file.read(4))
-                if "/data/" in entry.filename:
-                    entries[entry.header_offset + 30 + name + extra] = entry.file_size
-            order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
-            swapped = order is not None and archive.read(order) == b"big"
+        archive = zipfile.ZipFile(file)
+        listed = archive.infolist()
+        for entry in listed:
+            file.seek(entry.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
+            name, extra = struct.unpack("<HH", file.read(4))
+            if "/data/" in entry.filename:
+                entries[entry.header_offset + 30 + name + extra] = entry.file_size
+        order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
+        swapped = order is not None and archive.read(order) == b"big"
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
-        raise CheckpointError(f"{path} is damaged or no PyTorch file: {error}. Download it again.") from error
+        raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
     return _Archive(entries, all(entry.compress_type == zipfile.ZIP_STORED for entry in listed), swapped)
 
 
