@@ -1,3 +1,16 @@
 """Make the shared checkpoints and fixtures available to the core's suite and to every plugin's."""
 
-pytest_plugins = ["checkpoints", "installing"]
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before huggingface_hub reads them: no login and no cache of the person who runs the tests, and no Hub but
+# the one that a test starts on loopback.
+_home = tempfile.mkdtemp(prefix="speculators-tests-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+os.environ |= {"HF_HOME": _home, "HF_ENDPOINT": "http://127.0.0.1:9"}
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"):
+    os.environ.pop(_name, None)
+
+pytest_plugins = ["checkpoints", "installing", "serving"]

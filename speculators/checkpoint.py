@@ -1,4 +1,4 @@
-"""A checkpoint folder: its ``config.json`` and its tensors, wherever they are stored.
+"""A checkpoint: its ``config.json`` and its tensors, in whatever files and wherever these lie.
 
 Reads the layouts that training code leaves behind: one safetensors file, sharded safetensors, one
 pickled PyTorch file, sharded pickles.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from speculators import dtypes, pickles
 from speculators.errors import CheckpointError
 from speculators.pickles import PickleFile
+from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
 from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
@@ -50,71 +53,198 @@ FORMATS: Mapping[str, Format] = {
 INDEX = ".index.json"
 """What the name of a sharded checkpoint's index ends in, after that of the whole."""
 
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Endings of files beside the weights that transformers may read."""
+
+NAMED_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "tekken.json",
+)
+"""Names of the commonest, for servers that do not list their files."""
+
+Listing = tuple[str, set[str]]
+"""Name of an index, and the tensors that it says a file holds."""
+
 _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
-
-
-def local_path(location: str | Path) -> Path:
-    """Return the path that a user means, with ``~`` expanded.
-
-    Raises:
-        CheckpointError: There is no such home directory.
-    """
-    try:
-        return Path(location).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{location}: {error}") from error
 
 
 class Checkpoint:
     """A draft or verifier as its training code left it.
 
-    Opening one reads ``config.json``; the weight files are opened when a tensor is first asked for.
+    Opening one reads ``config.json``; a weight file is opened when a tensor of it is first asked for.
 
     Args:
-        path: The folder, or one weight file with its ``config.json`` beside it.
+        place: The folder with its files, or a local path: a folder, or one weight file with its
+            ``config.json`` beside it.
 
     Raises:
         CheckpointError: There is no readable ``config.json``.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.folder = path if path.is_dir() else path.parent
-            exists = path.exists()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no path that this system knows: {error}") from error
-        if not exists:
-            raise CheckpointError(f"{path} does not exist; expected a folder with config.json and weights")
-        self.config = read_json(self.folder / "config.json")
+    def __init__(self, place: Path | Folder) -> None:
+        self._place = LocalFolder(LocalLocation(place, str(place))) if isinstance(place, Path) else place
+        self.name = self._place.name
+        self._opened: dict[str, WeightFile] = {}
+        self.config = self._read_json("config.json")
 
-    @cached_property
-    def files(self) -> tuple[WeightFile, ...]:
-        """The opened weight files.
+    @classmethod
+    def at(cls, location: str | Path, access: Access, *, partly: bool = False) -> Checkpoint:
+        """Open the checkpoint that a user means by a path, a Hugging Face ID or a URL.
+
+        Args:
+            location: As the user gave it.
+            access: How to reach it.
+            partly: Whether just parts of its weights will be asked for.
 
         Raises:
-            CheckpointError: None, several alternatives, or a damaged one.
+            CheckpointError: There is none, or it may not be read.
         """
-        return tuple(_open(path, listing) for path, listing in self._located.items())
+        return cls(find(location, access, partly=partly, suffixes=(*FORMATS, INDEX)))
+
+    @property
+    def place(self) -> Folder:
+        """Where its files lie."""
+        return self._place
 
     @cached_property
-    def _located(self) -> dict[Path, Listing | None]:
-        return _locate(self.path)
+    def _located(self) -> dict[str, Listing | None]:
+        """Its weight files, and what an index says about each, if there is one."""
+        if self._place.file is not None:
+            file = self._place.file
+        else:
+            files = next(self._candidates(), [])
+            if not files:
+                listing = ", ".join([name for name in self._place.listing() if not name.startswith(".")][:8])
+                raise CheckpointError(
+                    f"{self.name} holds no weights: expected *.safetensors or *.bin, found {listing or 'nothing'}"
+                )
+            if len(files) > 1:
+                names = ", ".join(files[:5])
+                raise CheckpointError(f"{self.name} holds alternative weight files ({names}); name the one to convert")
+            (file,) = files
+        suffix = Path(file.removesuffix(INDEX)).suffix
+        if suffix not in FORMATS:
+            raise CheckpointError(f"{file} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
+        if _SHARD.search(file):
+            raise CheckpointError(f"{file} is one shard of several, and their index is missing. Download it again.")
+        return self._locate_shards(file) if file.endswith(INDEX) else {file: None}
+
+    def _candidates(self) -> Iterator[list[str]]:
+        """Yield alternative sets of weight files: those with conventional names first, then any others."""
+        for suffix, kind in FORMATS.items():
+            named = [f"{kind.stem}{suffix}", f"{kind.stem}{suffix}{INDEX}"]
+            if present := [name for name in named if self._place.has(name)]:
+                yield present
+        for suffix in FORMATS:
+            files = [name for name in self._place.listing() if name.endswith(suffix) and self._place.has(name)]
+            if others := sorted(name for name in files if not name.startswith(("adapter_", "."))):
+                yield others
+
+    def _locate_shards(self, index: str) -> dict[str, Listing | None]:
+        weight_map = self._read_json(index).get("weight_map")
+        named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not weight_map or not named:
+            raise CheckpointError(f"{self._described(index)} has no weight_map of tensor names to file names")
+        shards: dict[str, Listing | None] = {}
+        for shard in sorted(set(weight_map.values())):
+            said = f"{self._described(index)} names the shard {shard!r}"
+            if Path(shard).name != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{said}; shards must lie beside their index")
+            if Path(shard).suffix not in FORMATS:
+                raise CheckpointError(f"{said}, which is no weight file")
+            shards[shard] = (index, {name for name, home in weight_map.items() if home == shard})
+        return shards
 
     @cached_property
-    def _homes(self) -> dict[str, WeightFile]:
-        homes: dict[str, WeightFile] = {}
-        for file in self.files:
-            for name in file.tensors:
-                if name in homes:
-                    raise CheckpointError(f"tensor {name!r} is stored twice, in {homes[name].path} and {file.path}")
-                homes[name] = file
+    def _homes(self) -> Mapping[str, str]:
+        """Name of a tensor → its file, from the index alone where there is one."""
+        homes: dict[str, str] = {}
+        for file, listing in self._located.items():
+            homes |= dict.fromkeys(self._file(file).tensors if listing is None else listing[1], file)
         return homes
+
+    def _file(self, name: str) -> WeightFile:
+        if name not in self._opened:
+            listing = self._located[name]
+            if listing is not None and self._place.local is not None and not self._place.has(name):
+                raise self._lacks(name, listing)
+            try:
+                file = self._place.open(name, FORMATS[Path(name).suffix].read)
+            except FileNotFoundError as error:
+                raise self._lacks(name, listing) from error
+            if listing is not None and listing[1] != set(file.tensors):
+                odd = sorted(listing[1] ^ set(file.tensors))[0]
+                raise CheckpointError(f"{self._described(listing[0])} and {name} disagree about tensor {odd!r}")
+            self._opened[name] = file
+        return self._opened[name]
+
+    def _lacks(self, name: str, listing: Listing | None) -> CheckpointError:
+        if listing is None:
+            return CheckpointError(f"{self.name} has no {name}")
+        return CheckpointError(
+            f"{self._described(listing[0])} names the shard {name!r}, which is missing. Download it again."
+        )
+
+    def _described(self, name: str) -> str:
+        return f"{self.name}/{name}" if self._place.local is None else str(self._place.local / name)
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            path = self._place.path(name)
+        except FileNotFoundError:
+            raise _no_checkpoint(self.name, name, self._place.listing()) from None
+        return read_json(path, self._described(name))
+
+    def fetch(self) -> None:
+        """Bring all weight files here, where they lie elsewhere.
+
+        Raises:
+            CheckpointError: There are none, or they cannot be had.
+        """
+        for name, listing in self._located.items():
+            try:
+                self._place.path(name)
+            except FileNotFoundError as error:
+                raise self._lacks(name, listing) from error
+
+    @contextmanager
+    def gathered(self, weights: bool = True) -> Iterator[Path]:
+        """Bring the files that transformers reads together in one folder here.
+
+        Args:
+            weights: Whether the weights are among them, or just config and tokenizer.
+        """
+        names = {name for name in self._place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
+        names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self._place.has(name)}
+        if weights:
+            names |= set(self._located) | {listing[0] for listing in self._located.values() if listing}
+        with self._place.gathered(sorted(names)) as folder:
+            yield folder
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Dtype and shape of every stored tensor by name."""
-        return {name: file.tensors[name] for name, file in sorted(self._homes.items())}
+        """Dtype and shape of every stored tensor by name; opens every weight file.
+
+        Raises:
+            CheckpointError: There is none, there are several alternatives, or one is damaged.
+        """
+        return {name: self.info(name) for name in sorted(self._homes)}
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a tensor is stored, without opening the files that an index speaks for."""
+        return name in self._homes
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of one tensor, opening just the file that holds it."""
+        return self._file(self._homes[name]).tensors[name]
 
     def verify(self, stopped: Event) -> None:
         """Compare the weight files with the checksums that they hold; may run beside anything else.
@@ -125,118 +255,70 @@ class Checkpoint:
         Raises:
             CheckpointError: One was damaged after it was written.
         """
-        for path in self._located:
-            if check := FORMATS[path.suffix].verify:
-                check(path, stopped)
+        for name in self._located:
+            if check := FORMATS[Path(name).suffix].verify:
+                check(self._place.path(name), stopped)
 
-    @property
+    @cached_property
     def has_weights(self) -> bool:
-        """Whether a weight file lies in the folder; a verifier may consist of its config alone."""
-        return self.path.is_file() or any(True for _ in _candidates(self.path))
+        """Whether there is a weight file; a verifier may consist of its config alone."""
+        return self._place.file is not None or any(True for _ in self._candidates())
 
     def stretch(self, name: str, start: int = 0, stop: int | None = None) -> Extent | memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor, or where they lie if a file holds them in one piece."""
-        return self._homes[name].stretch(name, start, self.tensors[name].nbytes if stop is None else stop)
+        file = self._file(self._homes[name])
+        return file.stretch(name, start, file.tensors[name].nbytes if stop is None else stop)
 
     def rows(self, name: str, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor."""
-        info = self.tensors[name]
+        info = self.info(name)
         size = info.nbytes // max(1, info.shape[0])
         return read(self.stretch(name, start * size, stop * size))
 
     def array(self, name: str) -> NDArray[Any]:
         """Return a small tensor as a numpy array."""
-        info = self.tensors[name]
+        info = self.info(name)
         return dtypes.array(read(self.stretch(name)), info.dtype).reshape(info.shape)
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in."""
-        info = self.tensors[name]
+        info = self.info(name)
         start, stop = rows or (0, info.shape[0] if info.shape else 1)
         data = self.rows(name, start, stop) if info.shape else read(self.stretch(name))
         return dtypes.tensor(data, info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of most floating tensors of a checkpoint, in torch's spelling."""
+    stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in dtypes.FLOATS)
+    return dtypes.TORCH_NAMES[stored.most_common(1)[0][0]]
+
+
+def read_json(path: Path, name: str = "") -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: The file.
+        name: What messages call it; its path by default.
 
     Raises:
         CheckpointError: The file is missing or holds something else; names what lies beside it.
     """
+    name = name or str(path)
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        found = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        raise CheckpointError(
-            f"{path.parent} is no checkpoint: it has no {path.name} (found: {', '.join(found) or 'nothing'})"
-        ) from None
+        found = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise _no_checkpoint(str(path.parent), path.name, found) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+        raise CheckpointError(f"{name} is no valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+        raise CheckpointError(f"{name} holds a JSON {type(content).__name__}, expected an object")
     return content
 
 
-def _candidates(folder: Path) -> Iterator[list[Path]]:
-    """Yield alternative sets of weight files: those with conventional names first, then any others."""
-    for suffix, kind in FORMATS.items():
-        named = [folder / f"{kind.stem}{suffix}", folder / f"{kind.stem}{suffix}{INDEX}"]
-        if present := [file for file in named if file.is_file()]:
-            yield present
-    for suffix in FORMATS:
-        files = (file for file in folder.glob(f"*{suffix}") if file.is_file())
-        if others := sorted(file for file in files if not file.name.startswith("adapter_")):
-            yield others
-
-
-Listing = tuple[Path, set[str]]
-"""An index, and the tensors that it says a file holds."""
-
-
-def _locate(path: Path) -> dict[Path, Listing | None]:
-    """Find the weight files of a checkpoint, and what an index says about each, if there is one."""
-    if path.is_file():
-        files = [path]
-    else:
-        files = next(_candidates(path), [])
-        if not files:
-            listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
-            raise CheckpointError(f"{path} holds no weights: expected *.safetensors or *.bin, found {listing}")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise CheckpointError(f"{path} holds alternative weight files ({names}); name the one to convert")
-    (file,) = files
-    suffix = Path(file.name.removesuffix(INDEX)).suffix
-    if suffix not in FORMATS:
-        raise CheckpointError(f"{file} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
-    if _SHARD.search(file.name):
-        raise CheckpointError(f"{file} is one shard of several, and their index is missing. Download it again.")
-    return _locate_shards(file) if file.name.endswith(INDEX) else {file: None}
-
-
-def _locate_shards(index: Path) -> dict[Path, Listing | None]:
-    weight_map = read_json(index).get("weight_map")
-    named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-    if not weight_map or not named:
-        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
-    present = {entry.name for entry in index.parent.iterdir()}
-    shards: dict[Path, Listing | None] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index} names the shard {shard!r}; shards must lie beside their index")
-        if shard not in present:
-            raise CheckpointError(f"{index} names the shard {shard!r}, which is missing. Download it again.")
-        if Path(shard).suffix not in FORMATS:
-            raise CheckpointError(f"{index} names the shard {shard!r}, which is no weight file")
-        shards[index.parent / shard] = (index, {name for name, home in weight_map.items() if home == shard})
-    return shards
-
-
-def _open(path: Path, listing: Listing | None) -> WeightFile:
-    file = FORMATS[path.suffix].read(path)
-    if listing is not None and listing[1] != set(file.tensors):
-        odd = sorted(listing[1] ^ set(file.tensors))[0]
-        raise CheckpointError(f"{listing[0]} and {path.name} disagree about tensor {odd!r}")
-    return file
+def _no_checkpoint(folder: str, name: str, found: Collection[str]) -> CheckpointError:
+    listed = ", ".join(sorted(found)[:8]) or "nothing"
+    return CheckpointError(f"{folder} is no checkpoint: it has no {name} (found: {listed})")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from speculators.convert import ConversionResult
     from speculators.registry import Algorithm, Registry
     from speculators.validation import Report
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
@@ -56,6 +59,20 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg] # generic since cl
         return parsed
 
 
+def _reaching(command: Command) -> Command:
+    """Add the options that say how places on other machines are reached."""
+    options = (
+        click.option("--token", help="Token for the Hub; that of HF_TOKEN or of a login by default."),
+        click.option("--cache-dir", help="Where downloads are kept; huggingface_hub's cache by default."),
+        click.option(
+            "--offline", is_flag=True, default=None, help="Use nothing but the cache; HF_HUB_OFFLINE says the same."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(speculators.__version__, prog_name="speculators")
 def cli() -> None:
@@ -67,6 +84,7 @@ def cli() -> None:
     epilog="""\b
 Examples:
   speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
+  speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
   speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
   speculators convert --list-algorithms
 """
@@ -96,6 +114,8 @@ Examples:
 @click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
 @click.option("--quiet", is_flag=True, help="Show no progress, which a terminal shows by default.")
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
+@click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
+@_reaching
 @click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list, or the result, as JSON.")
 def convert(
@@ -111,17 +131,24 @@ def convert(
     max_shard_size: str | None,
     quiet: bool,
     overwrite: bool,
+    self_contained: bool,
+    token: str | None,
+    cache_dir: str | None,
+    offline: bool | None,
     list_algorithms: bool,
     as_json: bool,
 ) -> None:
-    """Convert the draft checkpoint MODEL into the speculators format."""
+    """Convert the draft checkpoint MODEL into the speculators format.
+
+    MODEL and VERIFIER are local paths, Hugging Face IDs (org/name@revision:folder) or URLs.
+    """
     if list_algorithms:
         _list_algorithms(as_json)
         return
     if model is None:
-        raise click.UsageError("MODEL is missing; it is the folder of the draft checkpoint")
+        raise click.UsageError("MODEL is missing; it is the draft checkpoint")
     if verifier is None:
-        raise click.UsageError("--verifier is missing; it is the folder of the base model that MODEL drafts for")
+        raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
     _refuse_clashes(algorithm_kwargs, _CONVERT_ARGUMENTS)
     from speculators.convert import convert_model
     from speculators.progress import on_terminal
@@ -138,6 +165,10 @@ def convert(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            self_contained=self_contained,
+            token=token,
+            cache_dir=cache_dir,
+            offline=offline,
             progress=progress,
             **algorithm_kwargs,
         )
@@ -165,6 +196,8 @@ Examples:
 )
 @click.option("--prompts", help="File of prompts for acceptance, text or token ids; some are made up by default.")
 @click.option("--diagnose", is_flag=True, help="Find out with which options the checkpoint was trained.")
+@_reaching
+@click.option("--quiet", is_flag=True, help="Show no progress, which a terminal shows by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def validate(
     path: str,
@@ -175,23 +208,34 @@ def validate(
     level: str | None,
     prompts: str | None,
     diagnose: bool,
+    token: str | None,
+    cache_dir: str | None,
+    offline: bool | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
-    """Check the converted model in the folder PATH: structure, forward, acceptance."""
+    """Check the converted model PATH: structure, forward, acceptance."""
     _refuse_clashes(algorithm_kwargs, _VALIDATE_ARGUMENTS)
     from speculators import prompts as prompting
+    from speculators.progress import on_terminal
     from speculators.validation import validate_model
 
-    report = validate_model(
-        path,
-        verifier=verifier,
-        source=source,
-        device=device,
-        level=level or ("acceptance" if prompts or diagnose else "forward"),
-        prompts=prompting.read(prompts) if prompts else None,
-        diagnose=diagnose,
-        **algorithm_kwargs,
-    )
+    given = prompting.read(prompts) if prompts else None
+    with on_terminal(quiet) as progress:
+        report = validate_model(
+            path,
+            verifier=verifier,
+            source=source,
+            device=device,
+            level=level or ("acceptance" if prompts or diagnose else "forward"),
+            prompts=given,
+            diagnose=diagnose,
+            token=token,
+            cache_dir=cache_dir,
+            offline=offline,
+            progress=progress,
+            **algorithm_kwargs,
+        )
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(_describe_report(report)))
     if not report.passed:
         raise SystemExit(ValidationError.exit_code)
@@ -237,12 +281,29 @@ _CONVERT_ARGUMENTS = {
     "dtype",
     "max_shard_size",
     "overwrite",
+    "self_contained",
+    "token",
+    "cache_dir",
+    "offline",
     "progress",
     "registry",
 }
 """Names of `convert_model`'s own arguments."""
 
-_VALIDATE_ARGUMENTS = {"path", "verifier", "source", "device", "level", "prompts", "diagnose", "registry"}
+_VALIDATE_ARGUMENTS = {
+    "path",
+    "verifier",
+    "source",
+    "device",
+    "level",
+    "prompts",
+    "diagnose",
+    "token",
+    "cache_dir",
+    "offline",
+    "progress",
+    "registry",
+}
 """Names of `validate_model`'s own arguments."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, output
-from speculators.checkpoint import Checkpoint, local_path
+from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError
 from speculators.operations import cast, derive
@@ -19,13 +20,18 @@ from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import Algorithm, Registry
-from speculators.sharing import settle
+from speculators.sharing import Completion, complete, settle
+from speculators.sources import Access, LocalLocation, local_path, parse
 from speculators.spec import Context
 from speculators.verifier import Verifier
+from speculators.weights import Chunk
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.validation import Report
+
+PIECE = 16 << 20
+"""Bytes of the verifier's tensors that are read at a time."""
 
 AUTO = "auto"
 """The algorithm name that asks the installed plugins to recognise the checkpoint."""
@@ -43,6 +49,7 @@ class Conversion:
         moves: Tensors to write under new names, sorted by them.
         derivations: Tensors to make.
         dropped: Source name → why it is left out.
+        completions: Tensors of the verifier's to write.
         from_verifier: Output name → the verifier's tensor that engines use in its place.
         notes: What the user should know, one sentence each.
     """
@@ -54,6 +61,7 @@ class Conversion:
     moves: tuple[Move, ...]
     derivations: tuple[Derivation, ...]
     dropped: dict[str, str]
+    completions: tuple[Completion, ...]
     from_verifier: dict[str, str]
     notes: tuple[str, ...]
 
@@ -83,8 +91,8 @@ class ConversionResult:
         renamed: Source name → output name, of every tensor that was written as it is.
         reworked: Source name → names of the tensors into which it was cut or joined.
         dropped: Source name → why it was left out.
-        completed: Output name → what it was completed with: made from other tensors, or left to the
-            verifier, whose tensor engines share.
+        completed: Output name → what it was completed with: made from other tensors, written from the
+            verifier, or left to the verifier, whose tensor engines share.
         notes: What the user should know, one sentence each.
         validation: The outcome of every check; ``None`` when validation was switched off.
     """
@@ -112,6 +120,10 @@ def convert_model(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    self_contained: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
     progress: Progress = unheard,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
@@ -119,9 +131,10 @@ def convert_model(
     """Convert the draft checkpoint ``model`` and write it to ``output_path``.
 
     Args:
-        model: Folder of the native checkpoint.
-        verifier: Folder of the base model; its config completes and checks the draft's, and its
-            weights, if there are any, tell which of the draft's tensors are copies.
+        model: The native checkpoint: a local path, a Hugging Face ID (``org/name@revision:folder``) or a URL.
+        verifier: The base model, given likewise; its config completes and checks the draft's, and its
+            weights, if there are any, tell which of the draft's tensors are copies. Of weights that lie
+            elsewhere, only what is needed is fetched.
         algorithm: Name or alias of an installed algorithm, or ``"auto"`` to let the plugins look.
         output_path: Folder to write.
         validate_device: Torch device on which the converted draft is run.
@@ -130,6 +143,11 @@ def convert_model(
         dtype: Cast floating tensors to this dtype (``"float16"``, …); as stored by default.
         max_shard_size: Most bytes of tensors per file (``"5GB"``); one file by default.
         overwrite: Whether to replace a converted model at ``output_path``.
+        self_contained: Whether to write the tensors that drafts share with their verifier, so that the output
+            loads without it.
+        token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
+        cache_dir: Where downloads are kept; huggingface_hub's cache by default.
+        offline: Whether nothing but the cache may be used; ``HF_HUB_OFFLINE`` says it by default.
         progress: Called with what is being done, and how many bytes of it are done of how many.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
@@ -138,14 +156,18 @@ def convert_model(
         SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
             then as it was before.
     """
-    target, model_path = local_path(output_path), local_path(model)
-    output.check_target(target, (model_path, local_path(verifier)), overwrite)
+    target = local_path(output_path)
+    places = (parse(model), parse(verifier))
+    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)], overwrite)
     shard_size = None if max_shard_size is None else output.parse_size(max_shard_size)
     if validate:
         from speculators.validation import check, require_level
 
         require_level(validate_level)
-    source, base, report = Checkpoint(model_path), Verifier(verifier), None
+    access = Access(token, cache_dir, offline, progress)
+    source, base, report = Checkpoint.at(model, access), Verifier(verifier, access), None
+    require_native(source)
+    source.fetch()
     with verifying(source) as verified:
         if validate:
             from speculators.draft import find_device
@@ -158,6 +180,7 @@ def convert_model(
             dtype=dtype,
             registry=registry or Registry(),
             algorithm_kwargs=algorithm_kwargs,
+            self_contained=self_contained,
             progress=progress,
         )
         spec = conversion.algorithm.spec
@@ -167,7 +190,7 @@ def convert_model(
             if validate:
                 progress("validating", 0, 0)
                 report = check(
-                    folder,
+                    Checkpoint(folder),
                     spec,
                     conversion.context.verifier,
                     conversion=conversion,
@@ -183,6 +206,7 @@ def convert_model(
         reworked=conversion.reworked,
         dropped=conversion.dropped,
         completed={made.target: made.why for made in conversion.derivations if not made.reworks}
+        | {each.target: f"the verifier's {each.role} was written" for each in conversion.completions}
         | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
         notes=conversion.notes,
         validation=report,
@@ -208,6 +232,19 @@ def verifying(source: Checkpoint) -> Iterator[Callable[[], None]]:
             stopped.set()
 
 
+def require_native(source: Checkpoint) -> None:
+    """Refuse a source that is an output.
+
+    Raises:
+        AlreadyConvertedError: It is one.
+    """
+    if MODEL_TYPE_KEY in source.config:
+        raise AlreadyConvertedError(
+            f"{source.name} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
+            f"speculators {source.config.get('speculators_version', 'of an unknown version')}); nothing was converted"
+        )
+
+
 def prepare(
     source: Checkpoint,
     verifier: Verifier,
@@ -216,14 +253,11 @@ def prepare(
     dtype: str | None,
     registry: Registry,
     algorithm_kwargs: dict[str, Any],
+    self_contained: bool = False,
     progress: Progress = unheard,
 ) -> Conversion:
     """Read, recognise, plan and configure: all of a conversion but the writing."""
-    if MODEL_TYPE_KEY in source.config:
-        raise AlreadyConvertedError(
-            f"{source.path} is in the speculators format already (type {source.config[MODEL_TYPE_KEY]!r}, written by "
-            f"speculators {source.config.get('speculators_version', 'of an unknown version')}); nothing was converted"
-        )
+    require_native(source)
     if dtype is not None and dtypes.STORED_NAMES.get(dtype) not in dtypes.FLOATS:
         known = ", ".join(dtypes.TORCH_NAMES[name] for name in dtypes.FLOATS)
         raise OptionError(f"dtype {dtype!r} is none of {known}")
@@ -236,11 +270,22 @@ def prepare(
     planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
     if planned.findings:
         raise MismatchError(
-            f"{source.path} cannot be converted as {spec.name!r} (nothing was written):",
+            f"{source.name} cannot be converted as {spec.name!r} (nothing was written):",
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )
-    compared, dropped, notes = settle(planned.comparisons, context, progress)
+    compared, dropped, notes = settle(planned.comparisons, context, self_contained=self_contained, progress=progress)
+    left = dict(planned.from_verifier) | {
+        comparison.move.target: comparison.row.verifier
+        for comparison in planned.comparisons
+        if comparison.move.source in dropped
+    }
+    completions: list[Completion] = []
+    if self_contained:
+        rounded = {spec.embedding: stored_dtype(source)} if spec.copies_embedding else {}
+        completions, unroomed = complete(left, context, spec.table, rounded)
+        notes += unroomed
+    written = {each.target for each in completions}
     config, more = spec.configure(context, facts)
     return Conversion(
         context,
@@ -250,12 +295,8 @@ def prepare(
         tuple(sorted((*planned.moves, *compared), key=lambda move: move.target)),
         planned.derivations,
         {**planned.dropped, **dropped},
-        dict(planned.from_verifier)
-        | {
-            comparison.move.target: comparison.row.verifier
-            for comparison in planned.comparisons
-            if comparison.move.source in dropped
-        },
+        tuple(completions),
+        {target: role for target, role in left.items() if target not in written},
         (*facts.notes, *notes, *more),
     )
 
@@ -320,17 +361,32 @@ def write(
 
     (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
     output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
+    read = {"source": conversion.context.source.place.identity, "verifier": conversion.context.verifier.identity}
+    (folder / output.PROVENANCE_FILE).write_text(json.dumps(read, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:
-    source, dtype = conversion.context.source, conversion.context.dtype
-    wanted = dtypes.STORED_NAMES[dtype] if dtype else None
-    payloads = [Payload(move.target, move.info, map(source.stretch, [move.source])) for move in conversion.moves]
-    payloads += [Payload(made.target, *derive(made, source)) for made in conversion.derivations]
-    for payload in payloads:
-        stored = payload.info.dtype
-        if wanted is None or stored not in dtypes.FLOATS or stored == wanted:
-            yield payload
-        else:
-            chunks = cast(payload.chunks, payload.name, stored, wanted)
-            yield Payload(payload.name, replace(payload.info, dtype=wanted), chunks)
+    source, weights = conversion.context.source, conversion.context.verifier.weights
+    asked = conversion.context.dtype
+    for move in conversion.moves:
+        yield _cast(Payload(move.target, move.info, map(source.stretch, [move.source])), asked)
+    for made in conversion.derivations:
+        yield _cast(Payload(made.target, *derive(made, source)), asked)
+    for each in conversion.completions:
+        if weights is not None:
+            yield _cast(Payload(each.target, each.info, _parts(weights, each)), asked or each.dtype)
+
+
+def _parts(weights: Checkpoint, completion: Completion) -> Iterator[Chunk]:
+    """Yield a tensor of the verifier's in pieces, each of which is fetched just before it is written."""
+    size = completion.info.nbytes
+    for start in range(0, size, PIECE):
+        yield weights.stretch(completion.source, start, min(start + PIECE, size))
+
+
+def _cast(payload: Payload, dtype: str | None) -> Payload:
+    wanted, stored = dtypes.STORED_NAMES[dtype] if dtype else None, payload.info.dtype
+    if wanted is None or stored not in dtypes.FLOATS or stored == wanted:
+        return payload
+    chunks = cast(payload.chunks, payload.name, stored, wanted)
+    return Payload(payload.name, replace(payload.info, dtype=wanted), chunks)

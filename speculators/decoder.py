@@ -466,5 +466,7 @@ def speculators_block(context: Context, algorithm: str) -> SpeculatorsBlock:
     return SpeculatorsBlock(
         algorithm=algorithm,
         proposal_methods=[TokenProposal(speculative_tokens=context.options.speculative_tokens)],
-        verifier=VerifierReference(name_or_path=context.verifier.name, architectures=context.verifier.architectures),
+        verifier=VerifierReference(
+            name_or_path=context.verifier.reference, architectures=context.verifier.architectures
+        ),
     )

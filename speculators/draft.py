@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from speculators import dtypes
-from speculators.checkpoint import Checkpoint
+from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.errors import OptionError, ValidationError
 from speculators.operations import derive
 from speculators.spec import to_ids
@@ -316,12 +315,6 @@ def _rows(own: Checkpoint, name: str, verifier: Verifier, role: str, copied: boo
     if found is None or verifier.weights is None:
         return None
     return Rows(verifier.weights, found, verifier.vocab_size, _torch_dtype(stored_dtype(own)) if copied else None)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most floating tensors of a checkpoint, in torch's spelling."""
-    stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in dtypes.FLOATS)
-    return dtypes.TORCH_NAMES[stored.most_common(1)[0][0]]
 
 
 def _torch_dtype(name: str) -> torch.dtype:

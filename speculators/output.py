@@ -28,7 +28,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_FILE = "model{suffix}.safetensors"
-OWN_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+PROVENANCE_FILE = "provenance.json"
+OWN_FILES = re.compile(
+    r"config\.json|provenance\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 """Every file that a conversion may write; nothing else is ever replaced."""
 
 COPY = 64 << 20

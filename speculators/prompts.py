@@ -115,7 +115,7 @@ def made_up(verifier: Verifier, model: PreTrainedModel) -> list[list[int]]:
 
 
 def _has_tokenizer(verifier: Verifier) -> bool:
-    return any((verifier.folder / name).is_file() for name in TOKENIZER_FILES)
+    return any(verifier.checkpoint.place.has(name) for name in TOKENIZER_FILES)
 
 
 def _tokenizer(verifier: Verifier) -> Any:
@@ -124,7 +124,10 @@ def _tokenizer(verifier: Verifier) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(verifier.folder)
+        with verifier.checkpoint.gathered(weights=False) as folder:
+            return AutoTokenizer.from_pretrained(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # what goes wrong depends on the tokenizer's library
         raise CheckpointError(f"transformers cannot load the tokenizer of {verifier.name}: {error}") from error
 

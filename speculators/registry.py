@@ -111,18 +111,18 @@ class Registry:
                 raise
             except Exception as error:
                 raise PluginError(
-                    f"the plugin {algorithm.package} {algorithm.version} failed to look at {source.path}: "
+                    f"the plugin {algorithm.package} {algorithm.version} failed to look at {source.name}: "
                     f"{type(error).__name__}: {error}; name the algorithm with --algorithm"
                 ) from error
         if len(matching) == 1:
             return matching[0]
         if matching:
             names = ", ".join(algorithm.spec.name for algorithm in matching)
-            raise AlgorithmError(f"{source.path} could be any of {names}; choose one with --algorithm")
+            raise AlgorithmError(f"{source.name} could be any of {names}; choose one with --algorithm")
         sample = ", ".join(list(source.tensors)[:4])
         broken = f" (not asked, as they are broken: {'; '.join(map(str, self.broken))})" if self.broken else ""
         raise AlgorithmError(
-            f"no installed algorithm recognises {source.path} with its {len(source.tensors)} tensors "
+            f"no installed algorithm recognises {source.name} with its {len(source.tensors)} tensors "
             f"({sample}, …); {self.describe_installed()}{broken}"
         )
 

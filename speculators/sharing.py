@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from speculators import dtypes
 from speculators.errors import MismatchError, OptionError
 from speculators.plan import Comparison, Move
 from speculators.progress import Progress, unheard
 from speculators.spec import Context
-from speculators.weights import CHUNK
+from speculators.table import Shared, Table
+from speculators.weights import CHUNK, TensorInfo
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A tensor of the verifier's that is written into the output.
+
+    Attributes:
+        target: Its name there.
+        role: Which of the verifier's tensors it is.
+        source: Its name in the verifier.
+        info: Its dtype and shape as it is read, without padding.
+        dtype: Dtype to cast it to; as the verifier stores it by default.
+    """
+
+    target: str
+    role: str
+    source: str
+    info: TensorInfo
+    dtype: str | None = None
 
 
 def settle(
-    comparisons: Iterable[Comparison], context: Context, progress: Progress = unheard
+    comparisons: Iterable[Comparison], context: Context, *, self_contained: bool = False, progress: Progress = unheard
 ) -> tuple[list[Move], dict[str, str], list[str]]:
     """Compare shareable tensors with the verifier's: those to write, those left out, and notes.
 
     Args:
         comparisons: What to compare.
         context: The conversion that asks.
+        self_contained: Whether all are written for which the output type has room.
         progress: Told about the bytes that were compared.
 
     Raises:
@@ -34,8 +56,9 @@ def settle(
             _require_verifier_shape(comparison, context)
             dropped[name] = f"the verifier's {role} was asked for"
             continue
-        if comparison.move.info.shape != context.verifier.shapes[role]:
-            kept.append(comparison.move)  # evidently its own: another width, or a draft vocabulary
+        evidently_own = comparison.move.info.shape != context.verifier.shapes[role]  # a width or vocabulary of its own
+        if evidently_own or (self_contained and comparison.row.own):
+            kept.append(comparison.move)
             continue
         difference = _difference(comparison, context, progress)
         if difference is None:
@@ -45,10 +68,52 @@ def settle(
             notes.append(f"{name} {difference}; it is kept")
         else:
             raise MismatchError(
-                f"{context.source.path} cannot be converted (nothing was written):",
+                f"{context.source.name} cannot be converted (nothing was written):",
                 [f"{name} {difference}, and the output type has no room for a draft's own {role}"],
             )
     return kept, dropped, notes
+
+
+def complete(
+    missing: Mapping[str, str], context: Context, table: Table, rounded: Mapping[str, str]
+) -> tuple[list[Completion], list[str]]:
+    """Find the verifier's tensors for what the draft leaves to it, as far as the output type has room.
+
+    Args:
+        missing: Output name → role of the verifier's tensor.
+        context: The conversion that asks.
+        table: The algorithm's table.
+        rounded: Output name → dtype that training rounded the tensor to.
+
+    Returns:
+        What to write, and notes about what has no room.
+
+    Raises:
+        MismatchError: The verifier does not hold a tensor, or stores it in a dtype that the output cannot have.
+    """
+    completions, notes, findings = [], [], []
+    verifier = context.verifier
+    for target, role in sorted(missing.items()):
+        row = table.writing[target]
+        if isinstance(row, Shared) and not row.own:
+            notes.append(f"the output type has no room for {target}, so engines use the verifier's")
+            continue
+        name = verifier.find(role)
+        if name is None or verifier.weights is None:
+            findings.append(f"{target} would be the verifier's {role}, which {verifier.name} does not hold")
+            continue
+        info = TensorInfo(verifier.weights.info(name).dtype, verifier.shapes[role])
+        if info.dtype not in row.dtypes:
+            findings.append(f"{target} would be the verifier's {name}, {info}, expected {' or '.join(row.dtypes)}")
+            continue
+        completions.append(Completion(target, role, name, info, rounded.get(target)))
+    if findings:
+        raise MismatchError(
+            f"{context.source.name} cannot be made self-contained (nothing was written):",
+            findings,
+            advice="Without --self-contained these are left to the verifier.",
+        )
+    return completions, notes
 
 
 def _require_verifier_shape(comparison: Comparison, context: Context) -> None:
@@ -68,7 +133,7 @@ def _difference(comparison: Comparison, context: Context, progress: Progress) ->
     if name is None or weights is None:
         return f"could not be compared with the verifier's {role}, which {context.verifier.name} does not hold"
     rows, width = move.info.shape
-    stored = weights.tensors[name].dtype
+    stored = weights.info(name).dtype
     row = width * dtypes.SIZES[move.info.dtype]
     step = max(1, CHUNK // row)
     for start in range(0, rows, step):

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError as SchemaError
 
 from speculators import prompts as prompting
-from speculators.checkpoint import Checkpoint, local_path
+from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import CheckpointError, OptionError, ValidationError
 from speculators.plan import Facts, match, plan
+from speculators.progress import Progress, unheard
 from speculators.prompts import Prompt
 from speculators.registry import Registry
+from speculators.sources import Access
 from speculators.table import Table
 from speculators.verifier import Verifier
 
@@ -113,20 +115,28 @@ def validate_model(
     level: str = "forward",
     prompts: Sequence[Prompt] | None = None,
     diagnose: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: Progress = unheard,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
 ) -> Report:
-    """Check any folder in the speculators format.
+    """Check any model in the speculators format.
 
     Args:
-        path: The converted model.
-        verifier: Folder of the base model; the one that its config names by default.
-        source: Folder of the native checkpoint that it was made from, to compare what both compute.
+        path: The converted model: a local path, a Hugging Face ID (``org/name@revision:folder``) or a URL.
+        verifier: The base model, given likewise; the one that its config names by default.
+        source: The native checkpoint that it was made from, given likewise, to compare what both compute.
         device: Torch device of the forward and acceptance checks.
         level: ``"structure"``, ``"forward"`` or ``"acceptance"``, each with those before it.
         prompts: Text or token ids to continue for the acceptance check; some are made up by default.
         diagnose: Whether to measure the acceptance of everything else that the checkpoint may have been
             trained with; only at the level ``"acceptance"``.
+        token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
+        cache_dir: Where downloads are kept; huggingface_hub's cache by default.
+        offline: Whether nothing but the cache may be used; ``HF_HUB_OFFLINE`` says it by default.
+        progress: Called with what is being done, and how many bytes of it are done of how many.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The options with which ``source`` was converted.
 
@@ -134,23 +144,25 @@ def validate_model(
         SpeculatorsError: The folder or the verifier cannot be read, or the algorithm is not installed.
             A check that fails is no exception: it is in the report.
     """
-    folder = local_path(path)
-    config = Checkpoint(folder).config
+    access = Access(token, cache_dir, offline, progress)
+    converted = Checkpoint.at(path, access)
+    config = converted.config
     if MODEL_TYPE_KEY not in config:
-        raise CheckpointError(f"{folder} is not in the speculators format; convert it first")
+        raise CheckpointError(f"{converted.name} is not in the speculators format; convert it first")
     block = config.get("speculators_config")
     if not isinstance(block, dict) or not isinstance(block.get("algorithm"), str):
-        raise CheckpointError(f"the config of {folder} names no speculators_config.algorithm")
+        raise CheckpointError(f"the config of {converted.name} names no speculators_config.algorithm")
     registry = registry or Registry()
     spec = registry.get(block["algorithm"]).spec
     named = verifier or (block.get("verifier") or {}).get("name_or_path")
     if not named:
-        raise CheckpointError(f"the config of {folder} names no verifier; pass --verifier")
-    base, conversion = Verifier(named), None
+        raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
+    base, conversion = Verifier(named, access), None
     if source is not None:
         from speculators.convert import prepare, verifying
 
-        native = Checkpoint(local_path(source))
+        native = Checkpoint.at(source, access)
+        native.fetch()
         with verifying(native) as verified:
             conversion = prepare(
                 native, base, algorithm=spec.name, dtype=None, registry=registry, algorithm_kwargs=algorithm_kwargs
@@ -159,12 +171,12 @@ def validate_model(
     elif algorithm_kwargs:
         raise OptionError("options of the algorithm say how a source was converted; pass the source as well")
     return check(
-        folder, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
+        converted, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
     )
 
 
 def check(
-    folder: Path,
+    converted: Checkpoint,
     spec: ConverterSpec,
     verifier: Verifier,
     *,
@@ -174,10 +186,10 @@ def check(
     prompts: Sequence[Prompt] | None = None,
     diagnose: bool = False,
 ) -> Report:
-    """Check a converted model in ``folder`` up to ``level``, stopping at the first level that fails.
+    """Check a converted model up to ``level``, stopping at the first level that fails.
 
     Args:
-        folder: The output.
+        converted: The output.
         spec: The algorithm that wrote it.
         verifier: The base model.
         conversion: What made it, if that is known; its source is then compared with the output.
@@ -190,7 +202,6 @@ def check(
         OptionError: There is no such level or device, or a diagnosis was asked for at another level.
     """
     require_level(level, diagnose)
-    converted = Checkpoint(folder)
     try:
         config = spec.config.model_validate(converted.config)
     except SchemaError as error:
@@ -299,7 +310,7 @@ def _check_parity(
 ) -> Check:
     """Compare runs of the output with the same runs of its source, as the training code computes them."""
     from speculators import parity
-    from speculators.draft import of_source, stored_dtype
+    from speculators.draft import of_source
 
     source = of_source(conversion, device=device, dtype=dtype)
     # Where the source was cast up, embeddings that it shares with the verifier are no longer rounded.

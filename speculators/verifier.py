@@ -8,11 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint import Checkpoint, local_path
+from speculators.checkpoint import Checkpoint
 from speculators.errors import CheckpointError
+from speculators.sources import Access
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+DEFAULT_ACCESS = Access()
 
 TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
 """Where multimodal configs keep the language model's; the last is an old vLLM draft's."""
@@ -41,18 +44,17 @@ class Verifier:
     """A base model, of which only ``config.json`` is read until a tensor is asked for.
 
     Args:
-        location: As the user gave it; it becomes ``name_or_path`` in the output.
+        location: A path, a Hugging Face ID or a URL, as the user gave it.
+        access: How to reach it, if it lies elsewhere.
 
     Raises:
         CheckpointError: Not a checkpoint, or its config lacks a size that is needed.
     """
 
-    def __init__(self, location: str | Path) -> None:
-        path = local_path(location)
-        self.name = str(path) if str(location).startswith("~") else str(location)
-        self._checkpoint = Checkpoint(path)
-        if path.is_file():
-            raise CheckpointError(f"the verifier {location} is a file; name the folder that holds it")
+    def __init__(self, location: str | Path, access: Access = DEFAULT_ACCESS) -> None:
+        self._checkpoint = Checkpoint.at(location, access, partly=True)
+        self.name = self._checkpoint.name
+        self.reference = self._checkpoint.place.reference
         self.text = text_config(self._checkpoint.config)
         self.hidden_size = self._size("hidden_size", "n_embd")
         self.vocab_size = self._size("vocab_size")
@@ -86,17 +88,22 @@ class Verifier:
         if self.weights is None:
             raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
         try:
-            with quiet_transformers():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(self.weights.folder, dtype="auto")
+            with quiet_transformers(), self.weights.gathered() as folder:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
             model: PreTrainedModel = loaded.to(device).eval()
             return model
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the verifier {self.name}: {error}") from error
 
     @property
-    def folder(self) -> Path:
-        """Where its files lie."""
-        return self._checkpoint.folder
+    def identity(self) -> Mapping[str, object]:
+        """What the output's provenance says about it."""
+        return self._checkpoint.place.identity
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its files, weights or not."""
+        return self._checkpoint
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -122,11 +129,11 @@ class Verifier:
         names = [*SHARED_TENSORS[role], *SHARED_TENSORS["embed_tokens"]]
         if role == "lm_head" and self.text.get("tie_word_embeddings") is True:
             names = [*SHARED_TENSORS["embed_tokens"]]
-        name = next((name for name in names if name in self.weights.tensors), None)
-        shape, (vocabulary, width) = self.weights.tensors[name].shape if name else (), self.shapes[role]
+        name = next((name for name in names if self.weights.holds(name)), None)
+        shape, (vocabulary, width) = self.weights.info(name).shape if name else (), self.shapes[role]
         if name is not None and (len(shape) != 2 or shape[0] < vocabulary or shape[1] != width):
             raise CheckpointError(
-                f"{name} of the verifier {self.name} is {self.weights.tensors[name]}, "
+                f"{name} of the verifier {self.name} is {self.weights.info(name)}, "
                 f"its config says {list(self.shapes[role])}"
             )
         return name

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -107,6 +107,45 @@ class WeightFile(Protocol):
         """
 
 
+class SafetensorsHeader:
+    """What the header of a safetensors file says, well-formed, or a `CheckpointError` that says why not.
+
+    Args:
+        name: What messages call the file.
+        size: Its size in bytes.
+        read: Returns its bytes from one position to another, which are all there.
+    """
+
+    def __init__(self, name: object, size: int, read: Callable[[int, int], bytes | memoryview]) -> None:
+        self._name = name
+        self._base, entries = _read_header(name, size, read)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        for tensor, entry in entries.items():
+            if tensor != "__metadata__":
+                self.tensors[tensor], self._offsets[tensor] = _header_entry(tensor, entry, name)
+        self._check_offsets(size)
+
+    def start(self, tensor: str) -> int:
+        """Return where in the file a tensor starts."""
+        return self._base + self._offsets[tensor][0]
+
+    def _check_offsets(self, size: int) -> None:
+        expected = 0
+        for tensor, (start, stop) in sorted(self._offsets.items(), key=lambda item: item[1]):
+            if start != expected:
+                raise CheckpointError(
+                    f"{self._name} is damaged: tensor {tensor!r} starts at byte {start} of the data, "
+                    f"expected {expected}"
+                )
+            expected = stop
+        if size - self._base != expected:
+            raise CheckpointError(
+                f"{self._name} is damaged or incomplete: it holds {size - self._base} bytes of data, its header names "
+                f"{expected}. Download or copy it again."
+            )
+
+
 class SafetensorsFile:
     """A ``.safetensors`` file, whole and well-formed, or a `CheckpointError` that says why not."""
 
@@ -114,56 +153,38 @@ class SafetensorsFile:
         self.path = path
         try:
             self._file = path.open("rb")
-            self._base, header = _read_header(self._file, path)
+            self._header = SafetensorsHeader(path, os.fstat(self._file.fileno()).st_size, self._read)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        self.tensors: dict[str, TensorInfo] = {}
-        self._offsets: dict[str, tuple[int, int]] = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                self.tensors[name], self._offsets[name] = _header_entry(name, entry, path)
-        self._check_offsets()
+        self.tensors = self._header.tensors
+
+    def _read(self, start: int, stop: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(stop - start)
 
     def stretch(self, name: str, start: int, stop: int) -> Extent:
         """Return where bytes ``start`` to ``stop`` of a tensor lie."""
-        first, _ = self._offsets[name]
-        return Extent(self.path, self._file, self._base + first + start, stop - start)
-
-    def _check_offsets(self) -> None:
-        expected = 0
-        for name, (start, stop) in sorted(self._offsets.items(), key=lambda item: item[1]):
-            if start != expected:
-                raise CheckpointError(
-                    f"{self.path} is damaged: tensor {name!r} starts at byte {start} of the data, expected {expected}"
-                )
-            expected = stop
-        size = os.fstat(self._file.fileno()).st_size - self._base
-        if size != expected:
-            raise CheckpointError(
-                f"{self.path} is damaged or incomplete: it holds {size} bytes of data, its header names {expected}. "
-                "Download or copy it again."
-            )
+        return Extent(self.path, self._file, self._header.start(name) + start, stop - start)
 
 
-def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    prefix = file.read(8)
-    if len(prefix) < 8:
-        raise CheckpointError(f"{path} is no safetensors file: {len(prefix)} bytes long")
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
+def _read_header(name: object, size: int, read: Callable[[int, int], bytes | memoryview]) -> tuple[int, dict[str, Any]]:
+    if size < 8:
+        raise CheckpointError(f"{name} is no safetensors file: {size} bytes long")
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > min(MAX_HEADER, size - 8):
         raise CheckpointError(
-            f"{path} is no complete safetensors file: its first bytes promise a header of {length} bytes"
+            f"{name} is no complete safetensors file: its first bytes promise a header of {length} bytes"
         )
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(bytes(read(8, 8 + length)))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has an unreadable safetensors header: {error}") from error
+        raise CheckpointError(f"{name} has an unreadable safetensors header: {error}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a safetensors header that is no JSON object")
+        raise CheckpointError(f"{name} has a safetensors header that is no JSON object")
     return 8 + length, header
 
 
-def _header_entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+def _header_entry(name: str, entry: Any, path: object) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
         start, stop = entry["data_offsets"]

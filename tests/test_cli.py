@@ -241,7 +241,11 @@ def test_shards_can_be_asked_for(tmp_path: Path) -> None:
     sharded = read_tensors(tmp_path / "out")
     assert convert(tmp_path, "--overwrite").exit_code == 0
     whole = read_tensors(tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
 

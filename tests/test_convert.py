@@ -98,10 +98,14 @@ def test_the_layout_of_the_source_does_not_matter(name: str, layout: str, varian
         assert (tmp_path / "from-original" / file).read_bytes() == (tmp_path / "from-variant" / file).read_bytes()
 
 
-def test_the_output_is_two_files_that_others_can_read(tmp_path: Path) -> None:
+def test_the_output_is_three_files_that_others_can_read(tmp_path: Path) -> None:
     convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out")
 
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -599,6 +603,8 @@ def test_a_padded_table_of_the_verifier_is_read_up_to_its_vocabulary(tmp_path: P
     assert "logits [1, 16, 256]" in result.validation.checks[1].detail
 
 
-def test_a_verifier_is_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file; name the folder"):
-        convert_model(DATA / "eagle3", verifier=VERIFIER / "model.safetensors", output_path=tmp_path / "out")
+def test_a_verifier_may_be_a_weight_file_with_its_config_beside_it(tmp_path: Path) -> None:
+    convert_model(DATA / "eagle3", verifier=VERIFIER / "model.safetensors", output_path=tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == str(VERIFIER)

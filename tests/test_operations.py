@@ -328,7 +328,8 @@ def test_a_fused_tensor_of_another_size_is_refused_before_anything_is_written(in
 def test_pieces_of_a_strided_tensor_are_laid_out_when_they_are_written(tmp_path: Path) -> None:
     strided = torch.arange(32.0).view(4, 8).T
     source = Checkpoint(write_checkpoint(tmp_path / "in", {}, {"a": strided}, "bin"))
-    (file,) = source.files
+    _ = source.tensors
+    (file,) = vars(source)["_opened"].values()
 
     dtype, chunks = Cut(8)(source, ("a",), (4, 4))
     assert (dtype, vars(file)["_flat"]) == ("F32", None)

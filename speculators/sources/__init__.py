@@ -1,0 +1,89 @@
+"""Checkpoints from anywhere: a local path, the Hugging Face Hub, or a URL.
+
+`find` turns what a user wrote into a `Folder`, which hands out whole files or opens weights for parts of
+them. Nothing that a conversion does not need is fetched, what was fetched is kept, and what is read twice
+has come from one version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speculators.errors import CheckpointError
+from speculators.sources.access import Access
+from speculators.sources.folders import Folder, LocalFolder, UrlFolder, below, split_url
+from speculators.sources.locations import HubLocation, LocalLocation, UrlLocation, as_id, local_path, parse
+from speculators.sources.remote import RemoteFile
+
+if TYPE_CHECKING:
+    from speculators.sources.filesystems import Driver
+
+__all__ = ["Access", "Folder", "LocalFolder", "LocalLocation", "find", "local_path", "parse"]
+
+
+def find(location: str | Path, access: Access, *, partly: bool, suffixes: Collection[str]) -> Folder:
+    """Return the folder that a user means.
+
+    Args:
+        location: A path, a Hugging Face ID or a URL; see `speculators.sources.locations`.
+        access: How to reach it.
+        partly: Whether weights are wanted in parts, not whole.
+        suffixes: Endings of weight files, which tell a file from a folder where nobody else does.
+
+    Raises:
+        CheckpointError: There is nothing, or it may not be read; says what to do.
+    """
+    found = parse(location)
+    if isinstance(found, LocalLocation):
+        _require_one_meaning(found, access)
+        return LocalFolder(found)
+    if isinstance(found, HubLocation):
+        from speculators.sources.hub import HubFolder
+
+        return HubFolder(found, access, partly=partly, suffixes=suffixes)
+    return _at_url(found, access, partly=partly, suffixes=suffixes)
+
+
+def _require_one_meaning(location: LocalLocation, access: Access) -> None:
+    meant = as_id(location)
+    if meant is None or not location.path.exists():
+        return
+    from speculators.sources.hub import is_known
+
+    if is_known(meant, access):
+        raise CheckpointError(
+            f"{location.given} is both a folder here and a repository of the Hub; "
+            f"write ./{location.given} or hf://{location.given}"
+        )
+
+
+def _at_url(location: UrlLocation, access: Access, *, partly: bool, suffixes: Collection[str]) -> Folder:
+    url, file = split_url(location.url, suffixes)
+    name, _ = split_url(location.name, suffixes)
+
+    def on_web(file: str) -> RemoteFile:
+        from speculators.sources.web import WebFile, basic_authorization
+
+        headers = basic_authorization(location.user) if location.user else {}
+        return WebFile(below(url, file), f"{name}/{file}", headers)
+
+    @cache
+    def driver() -> Driver:
+        from speculators.sources.filesystems import Driver
+
+        return Driver(url, name, location.user)
+
+    web = location.scheme in ("http", "https")
+    return UrlFolder(
+        name,
+        file,
+        cache=access.own_cache / "url" / hashlib.sha256(url.encode()).hexdigest()[:24],
+        remote=on_web if web else lambda file: driver().file(file),
+        listing=tuple if web else lambda: driver().names(),
+        access=access,
+        partly=partly,
+    )

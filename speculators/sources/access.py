@@ -1,0 +1,53 @@
+"""How remote places are reached: with which token, through which cache, or not at all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speculators.progress import Progress, unheard
+
+_TRUE = {"1", "ON", "YES", "TRUE"}
+"""What huggingface_hub takes for a yes in an environment variable."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How remote places are reached.
+
+    Args:
+        token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
+        cache_dir: Where downloads are kept; huggingface_hub's cache by default (``HF_HOME``, ``HF_HUB_CACHE``).
+        offline: Whether nothing but that cache may be used; ``HF_HUB_OFFLINE`` says it by default.
+        progress: Told about the bytes that were downloaded.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    offline: bool | None = None
+    progress: Progress = unheard
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing may be fetched."""
+        if self.offline is not None:
+            return self.offline
+        said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+        return said.upper() in _TRUE
+
+    @property
+    def hub_cache(self) -> Path:
+        """The folder in which huggingface_hub keeps whole files."""
+        from huggingface_hub import constants
+
+        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+
+    @property
+    def own_cache(self) -> Path:
+        """The folder for what huggingface_hub has no place for: parts of files, and files of other servers."""
+        from huggingface_hub import constants
+
+        if self.cache_dir is not None:
+            return self.hub_cache / ".speculators"
+        return Path(constants.HF_ASSETS_CACHE).expanduser().absolute() / "speculators"

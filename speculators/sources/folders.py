@@ -1,0 +1,326 @@
+"""Where a checkpoint's files lie, here or elsewhere, so that its reader need not know which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from speculators.errors import CheckpointError
+from speculators.sources.access import Access
+from speculators.sources.locations import LocalLocation
+from speculators.sources.remote import (
+    NoRangesError,
+    NotFoundError,
+    Pieces,
+    RemoteFile,
+    RemoteSafetensors,
+    Stat,
+    UnreachableError,
+    download,
+    keep,
+    patiently,
+)
+from speculators.weights import WeightFile
+
+Opener = Callable[[Path], WeightFile]
+"""Opens a weight file that lies here."""
+
+
+class Folder(Protocol):
+    """A folder with ``config.json`` and weights.
+
+    Attributes:
+        name: What messages call it; holds no secrets.
+        file: The one weight file that was named, if one was.
+    """
+
+    name: str
+    file: str | None
+
+    @property
+    def local(self) -> Path | None:
+        """The folder itself if it lies here."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether a file is in it."""
+
+    def listing(self) -> Collection[str]:
+        """Return the names of all files, as far as the place tells them."""
+
+    def path(self, name: str) -> Path:
+        """Return where a file lies whole, fetched first if it must be.
+
+        Raises:
+            FileNotFoundError: It is not in the folder.
+            CheckpointError: It cannot be had.
+        """
+
+    def open(self, name: str, opener: Opener) -> WeightFile:
+        """Open a weight file; where parts are enough and can be had, only they are fetched.
+
+        Raises:
+            CheckpointError: It cannot be had, or is damaged.
+        """
+
+    @contextmanager
+    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+        """Bring files together in one folder here, for a library that reads whole folders."""
+
+    @property
+    def reference(self) -> str:
+        """What an inference engine finds it under; names no revision."""
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """What the output's provenance says about it: the same for the same content."""
+
+
+class LocalFolder:
+    """A folder of this machine, or one weight file in it.
+
+    Raises:
+        CheckpointError: It does not exist.
+    """
+
+    def __init__(self, location: LocalLocation, expected: str = "a folder with config.json and weights") -> None:
+        self.name = location.name
+        path = location.path
+        try:
+            folder, exists = path.is_dir(), path.exists()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no path that this system knows: {error}") from error
+        if not exists:
+            raise CheckpointError(f"{location.name} does not exist; expected {expected}")
+        self._folder = path if folder else path.parent
+        self.file = None if folder else path.name
+
+    @property
+    def local(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def has(self, name: str) -> bool:
+        """Tell whether a file is in it."""
+        return (self._folder / name).is_file()
+
+    def listing(self) -> Collection[str]:
+        """Return the names of everything in it."""
+        return sorted(entry.name for entry in self._folder.iterdir())
+
+    def path(self, name: str) -> Path:
+        """Return where a file lies, or would lie."""
+        return self._folder / name
+
+    def open(self, name: str, opener: Opener) -> WeightFile:
+        """Open a weight file."""
+        return opener(self.path(name))
+
+    @contextmanager
+    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+        """Yield the folder as it is."""
+        yield self._folder
+
+    @property
+    def reference(self) -> str:
+        """Its path as the user gave it, or that of the folder of a file."""
+        return self.name if self.file is None else str(Path(self.name).parent)
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """Its name; the rest of its path is the machine's business."""
+        return {"folder": self._folder.absolute().name} | ({"file": self.file} if self.file else {})
+
+
+def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], Path], opener: Opener) -> WeightFile:
+    """Open a remote safetensors file for parts of it, or whole where the server sends nothing less.
+
+    Args:
+        file: The transport.
+        stat: What the server says about it.
+        kept: Where its parts are kept.
+        whole: Fetches all of it.
+        opener: Opens it then.
+    """
+    try:
+        if not stat.ranges or stat.size is None:
+            raise NoRangesError(file.name)
+        return RemoteSafetensors(Pieces(file, file.name, kept), stat.size)
+    except NoRangesError:
+        size = "" if stat.size is None else f" of {stat.size / 1e6:.0f} MB"
+        warnings.warn(
+            f"{file.name} is on a server that sends whole files only; all{size} is downloaded although less is needed",
+            stacklevel=2,
+        )
+        return opener(whole())
+
+
+class UrlFolder:
+    """A folder on a server, of which only those names are known that it was asked for.
+
+    Args:
+        name: What messages call it.
+        file: The one weight file that was named, if one was.
+        cache: Where what is fetched of it is kept.
+        remote: Name of a file → its transport.
+        listing: Returns the names of all files, where the server lists them.
+        access: How to reach it.
+        partly: Whether weights are to be fetched in parts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        file: str | None,
+        *,
+        cache: Path,
+        remote: Callable[[str], RemoteFile],
+        listing: Callable[[], Collection[str]],
+        access: Access,
+        partly: bool,
+    ) -> None:
+        self.name = name
+        self.file = file
+        self._cache = cache
+        self._remote = remote
+        self._list = listing
+        self._access = access
+        self._partly = partly
+        self._stats: dict[str, Stat | None] = {}
+        self._paths: dict[str, Path] = {}
+        self._read: set[str] = set()
+
+    @property
+    def local(self) -> Path | None:
+        """It lies elsewhere."""
+        return None
+
+    @property
+    def reference(self) -> str:
+        """Its address."""
+        return self.name
+
+    def has(self, name: str) -> bool:
+        """Tell whether the server has a file."""
+        return self._stat(name) is not None
+
+    def listing(self) -> Collection[str]:
+        """Return the names that the server lists, or those that it was asked for and has."""
+        listed = () if self._access.is_offline else self._list()
+        return sorted(listed or (name for name in self._noted() if self._stat(name)))
+
+    def path(self, name: str) -> Path:
+        """Return where a file is kept, fetched first unless the same version is here."""
+        if name not in self._paths:
+            stat = self._required(name)
+            target = self._version(name, stat) / name
+            if self._access.is_offline:
+                if not target.exists():
+                    raise self._not_cached(name)
+            else:
+                if stat.version is None:
+                    target.unlink(missing_ok=True)  # nothing tells whether it is still the same
+                download(self._remote(name), stat, target, progress=self._access.progress)
+            self._paths[name] = target
+        return self._paths[name]
+
+    def open(self, name: str, opener: Opener) -> WeightFile:
+        """Open a weight file, in parts where that was asked for and the format allows it."""
+        stat = self._required(name)
+        whole, kept = self._version(name, stat) / name, self._version(name, stat) / "pieces"
+        here = whole.exists() and (stat.version is not None or self._access.is_offline)
+        if here or not self._partly or not name.endswith(".safetensors"):
+            return opener(self.path(name))
+        if self._access.is_offline:
+            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size or 0)
+        if stat.version is None:
+            shutil.rmtree(kept, ignore_errors=True)
+        return open_partly(self._remote(name), stat, kept, lambda: self.path(name), opener)
+
+    @contextmanager
+    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+        """Bring files together in a folder of links, which goes when the block ends."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                place, kept = Path(folder) / name, self.path(name)
+                try:
+                    place.symlink_to(kept)
+                except OSError:  # not every system lets everyone make links
+                    shutil.copyfile(kept, place)
+            yield Path(folder)
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """The address, and the version of each file that was read."""
+        versions = {name: stat.version for name in sorted(self._read) if (stat := self._stats[name]) and stat.version}
+        return {"url": self.name, "versions": versions}
+
+    def _required(self, name: str) -> Stat:
+        stat = self._stat(name)
+        if stat is None:
+            raise FileNotFoundError(name)
+        self._read.add(name)
+        return stat
+
+    def _stat(self, name: str) -> Stat | None:
+        if name not in self._stats:
+            self._stats[name] = self._known(name) if self._access.is_offline else self._asked(name)
+        return self._stats[name]
+
+    def _asked(self, name: str) -> Stat | None:
+        stat = None
+        try:
+            with suppress(NotFoundError):
+                stat = patiently(self._remote(name))
+        except UnreachableError as error:
+            if self._noted():
+                raise UnreachableError(f"{error}; --offline takes what the cache has of it") from error
+            raise
+        keep(self._note(name), json.dumps(stat and vars(stat)).encode())
+        return stat
+
+    def _known(self, name: str) -> Stat | None:
+        try:
+            noted = json.loads(self._note(name).read_bytes())
+            return None if noted is None else Stat(**noted)
+        except (OSError, ValueError, TypeError):
+            raise self._not_cached(name) from None
+
+    def _note(self, name: str) -> Path:
+        return self._cache / "known" / f"{name}.json"
+
+    def _noted(self) -> list[str]:
+        return sorted(path.name.removesuffix(".json") for path in (self._cache / "known").glob("*.json"))
+
+    def _version(self, name: str, stat: Stat) -> Path:
+        return self._cache / name / hashlib.sha256(f"{stat.version}\n{stat.size}".encode()).hexdigest()[:16]
+
+    def _not_cached(self, name: str) -> CheckpointError:
+        files = ", ".join(file.name for file in sorted(self._cache.glob("*/*/*")) if file.is_file())
+        return CheckpointError(
+            f"{self.name}/{name} is not in the cache, and offline nothing can be fetched "
+            f"(of it the cache has {files or 'nothing'}); run once without --offline"
+        )
+
+
+def split_url(url: str, suffixes: Collection[str]) -> tuple[str, str | None]:
+    """Return the folder that a URL means, and the weight file if it names one."""
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/")
+    folder, _, last = path.rpartition("/")
+    if last.endswith(tuple(suffixes)):
+        return urlunsplit(parts._replace(path=folder)), unquote(last)
+    return urlunsplit(parts._replace(path=path)), None
+
+
+def below(folder: str, name: str) -> str:
+    """Return the URL of a file in a folder, with the folder's query."""
+    parts = urlsplit(folder)
+    return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))

@@ -1,0 +1,367 @@
+"""Repositories of the Hugging Face Hub, through huggingface_hub: its login, its cache, its errors.
+
+Whole files lie where every other program that uses huggingface_hub finds them. Before it registers one there
+it is fetched here, as its own downloads begin anew after an interruption; and what arrived is compared
+with the checksum that the Hub names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from speculators import __version__
+from speculators.errors import CheckpointError
+from speculators.sources.access import Access
+from speculators.sources.folders import Opener, open_partly
+from speculators.sources.locations import HubLocation
+from speculators.sources.remote import (
+    FIRST_RETRIES,
+    NotFoundError,
+    Pieces,
+    RemoteSafetensors,
+    Stat,
+    TransientError,
+    UnreachableError,
+    download,
+    keep,
+    patiently,
+    pause,
+    storing,
+)
+from speculators.sources.web import TIMEOUT, WebFile, http_error
+from speculators.weights import WeightFile
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+LOOK = 3.0
+"""Seconds for a look whether a name that is a local folder is also one of the Hub."""
+
+_SHOWN = 6
+"""How many names a message lists."""
+
+
+class HubFolder:
+    """A repository of models, or a folder or a file in it, at one commit.
+
+    Args:
+        location: What the user named.
+        access: How to reach it.
+        partly: Whether weights are to be fetched in parts.
+        suffixes: Endings of weight files.
+
+    Raises:
+        CheckpointError: There is no such repository, revision or folder, or it may not be read.
+    """
+
+    def __init__(self, location: HubLocation, access: Access, *, partly: bool, suffixes: Collection[str]) -> None:
+        self.name = location.name
+        self._location = location
+        self._access = access
+        self._partly = partly
+        self._storage = access.hub_cache / _storage_name(location)
+        self.commit, files = self._cached() if access.is_offline else self._asked()
+        inside, self.file = location.path, None
+        if inside in files and inside.endswith(tuple(suffixes)):
+            inside, _, self.file = inside.rpartition("/")
+        self._inside = f"{inside}/" if inside else ""
+        self._names = sorted(
+            path.removeprefix(self._inside)
+            for path in files
+            if path.startswith(self._inside) and "/" not in path.removeprefix(self._inside)
+        )
+        if not self._names:
+            folders = sorted({path.rpartition("/")[0] for path in files if "/" in path})
+            raise CheckpointError(
+                f"{location.repository} has no folder or weight file {location.path!r}"
+                f"{f' (folders: {_listed(folders)})' if folders else ''}; it has {_listed(sorted(files))}"
+            )
+
+    @property
+    def local(self) -> Path | None:
+        """It lies elsewhere."""
+        return None
+
+    def has(self, name: str) -> bool:
+        """Tell whether a file is in it."""
+        return name in self._names
+
+    def listing(self) -> Collection[str]:
+        """Return the names of all its files."""
+        return self._names
+
+    def path(self, name: str) -> Path:
+        """Return where the cache has a file, fetched first if it must be."""
+        if not self.has(name):
+            raise FileNotFoundError(name)
+        kept = self._snapshot / f"{self._inside}{name}"
+        if kept.exists():
+            return kept
+        if self._access.is_offline:
+            raise self._not_cached(name)
+        return self._fetch(f"{self._inside}{name}")
+
+    def open(self, name: str, opener: Opener) -> WeightFile:
+        """Open a weight file, in parts where that was asked for and the format allows it."""
+        whole = self._snapshot / f"{self._inside}{name}"
+        if whole.exists() or not self._partly or not name.endswith(".safetensors"):
+            return opener(self.path(name))
+        inside = f"{self._inside}{name}"
+        kept = self._access.own_cache / "hub" / self._storage.name / self.commit / inside
+        if self._access.is_offline:
+            size = next((int(path.name) for path in kept.glob("size/*")), None)
+            if size is None:
+                raise self._not_cached(name)
+            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), size)
+        file = self._web(inside)
+        try:
+            stat = patiently(file)
+        except NotFoundError:
+            raise CheckpointError(f"{self.name} has no {name}") from None
+        if stat.ranges and stat.size is not None:
+            keep(kept / "size" / str(stat.size), b"")
+        return open_partly(file, stat, kept, lambda: self.path(name), opener)
+
+    @contextmanager
+    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+        """Fetch files, and yield the folder in which the cache has them."""
+        for name in names:
+            self.path(name)
+        yield self._snapshot / self._inside
+
+    @property
+    def reference(self) -> str:
+        """The repository, which engines load from its main branch."""
+        path = self._location.path
+        return f"{self._location.repository}{f':{path}' if path else ''}"
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """Repository, commit and folder, which mean the same content for ever."""
+        found: dict[str, object] = {"repository": self._location.repository, "commit": self.commit}
+        return found | ({"path": self._location.path} if self._location.path else {})
+
+    @property
+    def _snapshot(self) -> Path:
+        return self._storage / "snapshots" / self.commit
+
+    @cached_property
+    def _token(self) -> str | bool:
+        from huggingface_hub import get_token
+
+        return self._access.token or get_token() or False
+
+    def _asked(self) -> tuple[str, list[str]]:
+        """Ask the Hub for the commit and its files; where it cannot be reached, take what is cached."""
+        from huggingface_hub import HfApi
+
+        location = self._location
+        api = HfApi(
+            endpoint=location.endpoint, token=self._token, library_name="speculators", library_version=__version__
+        )
+        try:
+            info = self._patiently(
+                lambda: api.model_info(location.repository, revision=location.revision, timeout=TIMEOUT)
+            )
+        except UnreachableError as error:
+            try:
+                commit, files = self._cached()
+            except CheckpointError as nothing:
+                raise UnreachableError(f"{error}, and {nothing}") from error
+            warnings.warn(f"{error}; the cached commit {commit} is used", stacklevel=2)
+            return commit, files
+        if not info.sha:
+            raise CheckpointError(f"{location.endpoint} names no commit of {self.name}; is it a Hub?")
+        return info.sha, [each.rfilename for each in info.siblings or ()]
+
+    def _cached(self) -> tuple[str, list[str]]:
+        revision = self._location.revision or "main"
+        commit = revision
+        if not _COMMIT.fullmatch(revision):
+            reference = self._storage / "refs" / revision
+            commit = reference.read_text().strip() if reference.is_file() else ""
+        folder = self._storage / "snapshots" / commit
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if commit else []
+        parts = self._access.own_cache / "hub" / self._storage.name / commit if commit else None
+        if parts is not None:
+            files += [each.parent.parent.relative_to(parts).as_posix() for each in parts.glob("**/size/*")]
+        if not files:
+            here = ", and there is no folder of this name here" if self._location.bare else ""
+            raise CheckpointError(
+                f"nothing of {self.name} is in the cache {self._access.hub_cache}{here}{self._others()}"
+            )
+        return commit, sorted(set(files))
+
+    def _others(self) -> str:
+        """Say what the cache has of the repository instead."""
+        refs, snapshots = self._storage / "refs", self._storage / "snapshots"
+        names = [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()]
+        names += [path.name for path in snapshots.glob("*")]
+        has = f" (of it the cache has {_listed(sorted(names))})" if names else ""
+        return f"{has}; run once without --offline" if self._access.is_offline else has
+
+    def _not_cached(self, name: str) -> CheckpointError:
+        files = [each.relative_to(self._snapshot).as_posix() for each in self._snapshot.rglob("*") if each.is_file()]
+        return CheckpointError(
+            f"{self.name} at commit {self.commit}: {name} is not in the cache {self._access.hub_cache}, and offline "
+            f"nothing can be fetched (it has {_listed(sorted(files)) or 'nothing'}); run once without --offline"
+        )
+
+    def _fetch(self, inside: str) -> Path:
+        """Fetch one file into huggingface_hub's cache."""
+        import huggingface_hub as hub
+
+        location, cache = self._location, self._access.hub_cache
+        common: dict[str, Any] = {"token": self._token, "endpoint": location.endpoint}
+        common |= {"library_name": "speculators", "library_version": __version__}
+        url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
+        told = self._patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT, **common))
+        if told.etag is None or "/" in told.etag:
+            raise CheckpointError(f"{location.endpoint} gives {inside} of {self.name} no ETag; is it a Hub?")
+        blob = self._storage / "blobs" / told.etag
+        with storing(blob, told.size):
+            if not blob.exists():
+                download(
+                    self._web(inside),
+                    Stat(told.size, told.etag),
+                    blob,
+                    check=lambda path: _is(path, told.etag or ""),
+                    progress=self._access.progress,
+                )
+            self._refer()
+            registered = self._patiently(
+                lambda: hub.hf_hub_download(
+                    location.repository, inside, revision=self.commit, cache_dir=cache, etag_timeout=TIMEOUT, **common
+                )
+            )
+        return Path(registered)
+
+    def _refer(self) -> None:
+        """Note which commit the revision was, as huggingface_hub does, for when nobody can be asked."""
+        revision = self._location.revision or "main"
+        if not _COMMIT.fullmatch(revision):
+            reference = self._storage / "refs" / revision
+            keep(reference, self.commit.encode())
+
+    def _web(self, inside: str) -> WebFile:
+        import huggingface_hub as hub
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # documented nevertheless
+
+        location = self._location
+        url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
+        headers = build_hf_headers(token=self._token, library_name="speculators", library_version=__version__)
+        return WebFile(url, f"{self.name}/{inside}", headers, self._refusal)
+
+    @property
+    def _refusal(self) -> str:
+        return f"see {self._location.page}, and pass a token that may read it with --token, HF_TOKEN or hf auth login"
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        """Ask the Hub, again where that may help, and say in one line what stands in the way."""
+        tries = 0
+        while True:
+            try:
+                return self._asking(ask)
+            except TransientError as error:
+                if tries >= FIRST_RETRIES:
+                    raise UnreachableError(
+                        f"the Hub at {self._location.endpoint} cannot be reached ({error}), also in {FIRST_RETRIES} "
+                        "more attempts"
+                    ) from error
+                tries = pause(tries, error)
+
+    def _asking(self, ask: Callable[[], Any]) -> Any:
+        from huggingface_hub import errors
+
+        location, name = self._location, self._location.repository
+        try:
+            return ask()
+        except errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{name} is gated: ask for access at {location.page}, then pass a token with --token, HF_TOKEN or "
+                "hf auth login"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(
+                f"{name} has no revision {location.revision or 'main'!r}{self._revisions()}"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            here = "; there is no folder of this name here either" if location.bare else ""
+            token = "" if self._token else ", or pass a token with --token, HF_TOKEN or hf auth login"
+            raise CheckpointError(
+                f"{location.endpoint} has no repository {name}, or it is private and not to be seen "
+                f"{'with this token' if self._token else 'without a token'}{here}; check the name{token}"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            raise CheckpointError(f"{self.name} does not have a file that it lists; try again") from error
+        except errors.HfHubHTTPError as error:
+            raise self._refused(error) from error
+        except errors.HFValidationError as error:
+            raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from error
+        except http_error() as error:
+            raise TransientError(type(error).__name__) from error
+
+    def _refused(self, error: Any) -> Exception:
+        status = error.response.status_code
+        if status == 401:
+            return CheckpointError(f"{self._location.endpoint} does not accept the token (status 401); {self._refusal}")
+        if status == 403:
+            return CheckpointError(f"{self.name} may not be read with this token (status 403); {self._refusal}")
+        if status in (408, 425, 429) or status >= 500:
+            return TransientError(f"status {status}")
+        return CheckpointError(f"{self._location.endpoint} answers with status {status} when asked for {self.name}")
+
+    def _revisions(self) -> str:
+        """Say which revisions there are, if that can be learnt."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._location.endpoint, token=self._token)
+        try:
+            refs = api.list_repo_refs(self._location.repository)
+        except Exception:  # noqa: BLE001 - it would only have been a help
+            return ""
+        return f"; it has {_listed([each.name for each in (*refs.branches, *refs.tags)])}"
+
+
+def is_known(location: HubLocation, access: Access) -> bool:
+    """Tell whether a repository is in the cache or, unless that takes long or is forbidden, on the Hub."""
+    if (access.hub_cache / _storage_name(location)).is_dir():
+        return True
+    if access.is_offline:
+        return False
+    from huggingface_hub import HfApi, get_token
+
+    try:
+        api = HfApi(endpoint=location.endpoint, token=access.token or get_token() or False)
+        api.model_info(location.repository, timeout=LOOK)
+    except Exception:  # noqa: BLE001 - then nobody can have meant it
+        return False
+    return True
+
+
+def _storage_name(location: HubLocation) -> str:
+    return f"models--{location.repository.replace('/', '--')}"
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown + (", …" if len(names) > _SHOWN else "")
+
+
+def _is(path: Path, etag: str) -> bool:
+    """Compare a file with the Hub's ETag, the SHA-256 of a large file and git's hash of a small one."""
+    with path.open("rb") as file:
+        if re.fullmatch(r"[0-9a-f]{64}", etag):
+            digest = hashlib.sha256()
+        elif re.fullmatch(r"[0-9a-f]{40}", etag):
+            digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        else:
+            return True
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == etag

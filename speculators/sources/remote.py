@@ -1,0 +1,390 @@
+"""Files on other machines, read as a whole or in parts, patiently, and kept.
+
+A transport (`RemoteFile`) makes one attempt at a time; here it is tried again with growing pauses, resumed
+where it broke off, and checked: every byte that is used has come from one version of the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from speculators.errors import CheckpointError
+from speculators.progress import Progress, unheard
+from speculators.weights import SafetensorsHeader
+
+RETRIES = 5
+"""How often in a row a connection may fail before a download is given up."""
+
+FIRST_RETRIES = 2
+"""How often a server may fail to answer at all, before anything was read."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
+"""Seconds before the first retry, doubled before each further one, and the most that they become."""
+
+PIECE = 16 << 20
+"""Bytes of a tensor that are fetched and kept at a time, where much of it is needed."""
+
+SMALL = 256 << 10
+"""Up to this many bytes, such as rows of an embedding, just what is needed is fetched."""
+
+HEAD = 64 << 10
+"""Bytes fetched of a safetensors file at first, which hold most headers."""
+
+
+class TransientError(Exception):
+    """One attempt failed in a way that may pass; ``pause`` is how long the server asks to wait, in seconds."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class UnreachableError(CheckpointError):
+    """A server does not answer, or not for long enough."""
+
+
+class NotFoundError(Exception):
+    """There is no such file."""
+
+
+class NoRangesError(Exception):
+    """The server sends whole files only."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a server says about a file.
+
+    Attributes:
+        size: Bytes; ``None`` when it does not say.
+        version: What changes when the file changes, such as an ETag; ``None`` when the server has nothing like it.
+        ranges: Whether it sends parts.
+    """
+
+    size: int | None
+    version: str | None
+    ranges: bool = True
+
+
+class RemoteFile(Protocol):
+    """One file of a server. Every method makes one attempt.
+
+    Raises:
+        TransientError: It may work later.
+        NotFoundError: There is no such file.
+        CheckpointError: It will not work.
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages call it; holds no secrets."""
+
+    def stat(self) -> Stat:
+        """Ask what the file is."""
+
+    def read(self, start: int, stop: int | None) -> Iterator[bytes]:
+        """Yield the bytes from ``start`` to ``stop``, or to the end.
+
+        Raises:
+            NoRangesError: The server would send all of it, and that was not asked for.
+        """
+
+
+def patiently(file: RemoteFile) -> Stat:
+    """Ask what a file is, again where the server does not answer at once.
+
+    Raises:
+        CheckpointError: It does not answer.
+        NotFoundError: There is no such file.
+    """
+    tries = 0
+    while True:
+        try:
+            return file.stat()
+        except TransientError as error:
+            if tries >= FIRST_RETRIES:
+                raise UnreachableError(
+                    f"{file.name} cannot be reached ({error}), also in {FIRST_RETRIES} more attempts"
+                ) from error
+            tries = pause(tries, error)
+
+
+def stream(file: RemoteFile, start: int, stop: int | None) -> Iterator[bytes]:
+    """Yield the bytes from ``start`` to ``stop``, going on after each break where it was.
+
+    Raises:
+        CheckpointError: The connection was lost too often, or the server sends something else.
+        NotFoundError: There is no such file.
+        NoRangesError: The server sends whole files only, and that was not asked for.
+    """
+    position, tries = start, 0
+    while stop is None or position < stop:
+        try:
+            for chunk in file.read(position, stop):
+                position += len(chunk)
+                tries = 0
+                if stop is not None and position > stop:
+                    raise CheckpointError(f"{file.name}: the server sent more bytes than it was asked for")
+                yield chunk
+            if stop is None or position == stop:
+                return
+            raise TransientError("it was closed early")
+        except TransientError as error:
+            tries = _again(file, tries, error, position - start)
+
+
+def _again(file: RemoteFile, tries: int, error: TransientError, done: int) -> int:
+    if tries >= RETRIES:
+        raise UnreachableError(
+            f"{file.name}: the connection was lost after {done} bytes ({error}), also in {RETRIES} more attempts. "
+            "Run the command again when the network works: what has arrived is kept."
+        ) from error
+    return pause(tries, error)
+
+
+def pause(tries: int, error: TransientError) -> int:
+    """Wait before the next attempt; returns how many there were before it."""
+    time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) if error.pause is None else error.pause)
+    return tries + 1
+
+
+def download(
+    file: RemoteFile,
+    stat: Stat,
+    target: Path,
+    *,
+    check: Callable[[Path], bool] = lambda path: True,
+    progress: Progress = unheard,
+) -> None:
+    """Fetch a whole file to ``target``, going on where an earlier run was interrupted.
+
+    What has arrived lies beside the target until all of it is there. Of two processes that want one file,
+    the second waits.
+
+    Args:
+        file: What to fetch.
+        stat: What the server said about it.
+        target: Where it is kept.
+        check: Tells whether what arrived is what was meant.
+        progress: Told about the bytes.
+
+    Raises:
+        CheckpointError: No space, a lost connection, or something else arrived.
+    """
+    from filelock import FileLock
+
+    partial = target.with_name(f"{target.name}.partial")
+    with storing(target, stat.size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f"{target.name}.lock")):
+            if target.exists():
+                return
+            if stat.version is None:
+                partial.unlink(missing_ok=True)  # it may be part of something else
+            _require_space(target, (stat.size or 0) - _size(partial))
+            _fetch(file, stat, partial, progress)
+            if not check(partial):
+                # A part of an earlier run may have been damaged; one fresh attempt tells.
+                partial.unlink()
+                _fetch(file, stat, partial, progress)
+                if not check(partial):
+                    partial.unlink()
+                    raise CheckpointError(
+                        f"{file.name}: what arrived has another checksum than the server names; nothing was kept. "
+                        "Try again, or another mirror."
+                    )
+            partial.replace(target)
+        with suppress(OSError):
+            target.with_name(f"{target.name}.lock").unlink()
+
+
+def _fetch(file: RemoteFile, stat: Stat, partial: Path, progress: Progress) -> None:
+    done = _size(partial)
+    if stat.size is not None and done > stat.size:
+        partial.unlink()
+        done = 0
+    if done and done == stat.size:
+        return
+    try:
+        _append(file, stat, partial, done, progress)
+    except NoRangesError:
+        partial.unlink(missing_ok=True)  # nothing can be continued
+        _append(file, stat, partial, 0, progress)
+    if stat.size is not None and (arrived := _size(partial)) != stat.size:
+        partial.unlink()
+        raise CheckpointError(f"{file.name}: {arrived} bytes arrived, expected {stat.size}; nothing was kept")
+
+
+def _append(file: RemoteFile, stat: Stat, partial: Path, done: int, progress: Progress) -> None:
+    with partial.open("ab") as out:
+
+        def write(chunks: Iterator[bytes], done: int) -> int:
+            for chunk in chunks:
+                out.write(chunk)
+                done += len(chunk)
+                progress(f"downloading {file.name}", done, stat.size or 0)
+            return done
+
+        if stat.ranges and stat.size is not None:
+            write(stream(file, done, stat.size), done)
+            return
+        tries = 0
+        while True:
+            out.truncate(0)  # only the whole can be asked for
+            try:
+                done = write(file.read(0, None), 0)
+                if stat.size is None or done >= stat.size:
+                    return
+                raise TransientError("it was closed early")
+            except TransientError as error:
+                tries = _again(file, tries, error, done)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _require_space(target: Path, size: int) -> None:
+    if size > (free := shutil.disk_usage(target.parent).free):
+        raise OSError(errno.ENOSPC, f"needs {size} bytes, {free} are free")
+
+
+@contextmanager
+def storing(target: Path, size: int | None) -> Iterator[None]:
+    """Say what to do when the cache cannot take something.
+
+    Raises:
+        CheckpointError: In place of any `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = f" for {size} bytes" if size else ""
+            raise CheckpointError(
+                f"no space{needed} in the cache {target.parent} ({error.strerror}); "
+                "make some, or choose another place with --cache-dir or HF_HOME"
+            ) from error
+        raise CheckpointError(
+            f"the cache {target.parent} cannot be written: {error.strerror or error}; "
+            "choose another place with --cache-dir or HF_HOME"
+        ) from error
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write a small file into the cache in one step.
+
+    Raises:
+        CheckpointError: The cache cannot take it.
+    """
+    with storing(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, len(data))
+        out = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False)  # noqa: SIM115 - renamed below
+        try:
+            with out:
+                out.write(data)
+            Path(out.name).replace(path)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
+
+
+class Pieces:
+    """Parts of one version of a remote file, kept on disk as they are fetched.
+
+    Each is a file of its own, whose name says which bytes it holds and their CRC-32. It appears in one
+    step, so that any number of processes may share the folder.
+
+    Args:
+        file: Where they come from; ``None`` when nothing may be fetched.
+        name: What messages call the file.
+        folder: Where they are kept.
+    """
+
+    def __init__(self, file: RemoteFile | None, name: str, folder: Path) -> None:
+        self.name = name
+        self._file = file
+        self._folder = folder
+        self._last: tuple[int, int, memoryview] | None = None
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Return bytes ``start`` to ``stop``, fetched unless they are here.
+
+        Raises:
+            CheckpointError: They are not here, and cannot be fetched.
+            NoRangesError: The server sends whole files only.
+        """
+        if self._last is not None and self._last[0] <= start and stop <= self._last[1]:
+            first, _, data = self._last
+        else:
+            first, data = start, self._kept(start, stop)
+            self._last = (start, stop, data)
+        return data[start - first : stop - first]
+
+    def has(self, start: int, stop: int) -> bool:
+        """Tell whether a piece was fetched already."""
+        return any(True for _ in self._folder.glob(f"{start}-{stop}-*"))
+
+    def _kept(self, start: int, stop: int) -> memoryview:
+        for path in self._folder.glob(f"{start}-{stop}-*"):
+            with suppress(OSError):
+                data = path.read_bytes()
+                if len(data) == stop - start and path.name == _piece_name(start, stop, data):
+                    return memoryview(data)
+                path.unlink()  # damaged in the cache
+        if self._file is None:
+            raise CheckpointError(
+                f"{self.name}: bytes {start} to {stop} are not in the cache, and offline nothing can be fetched"
+            )
+        data = b"".join(stream(self._file, start, stop))
+        keep(self._folder / _piece_name(start, stop, data), data)
+        return memoryview(data)
+
+
+def _piece_name(start: int, stop: int, data: bytes) -> str:
+    return f"{start}-{stop}-{zlib.crc32(data):08x}"
+
+
+class RemoteSafetensors:
+    """A safetensors file of which only the header and what is asked for is fetched.
+
+    Args:
+        pieces: Its parts.
+        size: Its size in bytes.
+
+    Raises:
+        CheckpointError: It is no whole, well-formed safetensors file.
+        NoRangesError: The server sends whole files only.
+    """
+
+    def __init__(self, pieces: Pieces, size: int) -> None:
+        self.path = Path(pieces.name)
+        self._pieces = pieces
+        head = min(HEAD, size)
+
+        def read(start: int, stop: int) -> memoryview:
+            return pieces.read(0, head)[start:stop] if stop <= head else pieces.read(start, stop)
+
+        self._header = SafetensorsHeader(pieces.name, size, read)
+        self.tensors = self._header.tensors
+
+    def stretch(self, name: str, start: int, stop: int) -> memoryview:
+        """Return bytes ``start`` to ``stop`` of a tensor, fetched in pieces where they are many."""
+        first, whole = self._header.start(name), self.tensors[name].nbytes
+        grid = [(begin, min(begin + PIECE, whole)) for begin in range(start - start % PIECE, stop, PIECE)]
+        if stop - start <= SMALL and not all(self._pieces.has(first + begin, first + end) for begin, end in grid):
+            return self._pieces.read(first + start, first + stop)
+        found = [
+            self._pieces.read(first + begin, first + end)[max(start - begin, 0) : stop - begin] for begin, end in grid
+        ]
+        return found[0] if len(found) == 1 else memoryview(bytearray().join(found))

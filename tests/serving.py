@@ -1,0 +1,337 @@
+"""A server on loopback: a Hub that huggingface_hub's own client talks to, and a plain web server, with faults.
+
+Large files of the Hub are redirected to another origin with a signed address, as the Hub does it. Every
+request is recorded, and every byte of a body is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+SIGNATURE = "X-Amz-Signature=s1gnature"
+"""What the addresses of large files are signed with; it must not stand anywhere."""
+
+LARGE = (".safetensors", ".bin")
+"""Endings of files that the Hub keeps elsewhere."""
+
+
+@dataclass
+class Repo:
+    """A repository: its commits with the folders of their files, and what its branches and tags mean."""
+
+    commits: dict[str, Path]
+    refs: dict[str, str]
+    private: bool = False
+    gated: bool = False
+
+
+@dataclass
+class Request:
+    """What one request asked for."""
+
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+    origin: str
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with responses whose path contains ``path``, so many ``times``, after others.
+
+    Attributes:
+        path: Part of the path.
+        times: How often.
+        status: Answer with this status instead.
+        headers: Headers to change, or to leave out when ``None``.
+        cut: Close the connection after this many bytes.
+        stall: Send this many bytes and then nothing, until the server ends.
+        body: Send this instead, with a length to fit.
+        skip: How many responses go well before.
+        methods: Which requests are meant.
+    """
+
+    path: str
+    times: int = 1
+    status: int | None = None
+    headers: dict[str, str | None] = field(default_factory=dict)
+    cut: int | None = None
+    stall: int | None = None
+    body: bytes | None = None
+    skip: int = 0
+    methods: tuple[str, ...] = ("GET",)
+
+
+class Server:
+    """A Hub and a web server, on two ports; ``url`` is the first's address.
+
+    Attributes:
+        repos: What the Hub has.
+        tokens: Token → repositories that it may read, private or gated.
+        folders: First part of a path → the folder that is served under it.
+        users: First part of a path → ``user:password`` that it wants.
+        ranges: Whether parts are served.
+        etags: Whether files have an ETag and a date.
+        faults: What goes wrong.
+        requests: What was asked for.
+        sent: Path → bytes of bodies that were sent.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.tokens: dict[str, set[str]] = {}
+        self.folders: dict[str, Path] = {}
+        self.users: dict[str, str] = {}
+        self.ranges = True
+        self.etags = True
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self.sent: Counter[str] = Counter()
+        self.blobs: dict[str, Path] = {}
+        self.ended = Event()
+        handler = type("Handler", (_Handler,), {"served": self})
+        self.hub, self.storage = (ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2))
+        for each in (self.hub, self.storage):
+            each.daemon_threads = True
+            Thread(target=each.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.hub.server_address[1]}"
+
+    @property
+    def storage_url(self) -> str:
+        return f"http://127.0.0.1:{self.storage.server_address[1]}"
+
+    def close(self) -> None:
+        self.ended.set()
+        for each in (self.hub, self.storage):
+            each.shutdown()
+            each.server_close()
+
+    def add(self, name: str, folder: Path, revision: str = "main", **more: Any) -> str:
+        """Commit the files of a folder to a repository and return the commit."""
+        content = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+        listing = "\n".join(f"{path.relative_to(folder)} {hashlib.sha256(data).hexdigest()}" for path, data in content)
+        commit = hashlib.sha1(f"{name} {listing}".encode()).hexdigest()
+        repo = self.repos.setdefault(name, Repo({}, {}, **more))
+        repo.commits[commit] = folder
+        repo.refs[revision] = commit
+        return commit
+
+    def total(self) -> int:
+        """Return how many bytes of bodies were sent."""
+        return sum(self.sent.values())
+
+    def asked(self, part: str, method: str = "GET") -> list[Request]:
+        """Return the requests whose path contains ``part``."""
+        return [request for request in self.requests if part in request.path and request.method == method]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    served: Server
+
+    def log_message(self, *arguments: Any) -> None:
+        """Print nothing."""
+
+    def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server looks for
+        self.answer()
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.answer()
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        origin = "hub" if self.server is self.served.hub else "storage"
+        said = self.headers.get("Authorization")
+        self.served.requests.append(Request(self.command, self.path, self.headers.get("Range"), said, origin))
+        if origin == "storage":
+            return self.send_blob(path)
+        if found := re.fullmatch(r"/api/models/(.+?)(/revision/(.+)|/refs)?", path):
+            return self.send_info(found[1], found[3], refs=found[2] == "/refs")
+        if found := re.fullmatch(r"/([^/]+/[^/]+|[^/]+)/resolve/([^/]+|refs/pr/\d+)/(.+)", path):
+            return self.send_file(found[1], found[2], found[3])
+        return self.send_plain(path)
+
+    def repo(self, name: str, *, content: bool) -> Repo | None:
+        """Return a repository that the request may see, or send the Hub's refusal."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token and token not in self.served.tokens:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+            return None
+        repo = self.served.repos.get(name)
+        allowed = name in self.served.tokens.get(token, ())
+        if repo is None or (repo.private and not allowed):
+            self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+            return None
+        if repo.gated and content and not allowed:
+            self.refuse(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted.")
+            return None
+        return repo
+
+    def send_info(self, name: str, revision: str | None, *, refs: bool) -> None:
+        repo = self.repo(name, content=False)
+        if repo is None:
+            return
+        if refs:
+            branches = [
+                {"name": each, "ref": f"refs/heads/{each}", "targetCommit": to} for each, to in repo.refs.items()
+            ]
+            return self.send_json({"branches": branches, "tags": [], "converts": []})
+        commit = self.commit(repo, revision or "main")
+        if commit is None:
+            return
+        folder = repo.commits[commit]
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        self.send_json(
+            {
+                "_id": commit[:24],
+                "id": name,
+                "modelId": name,
+                "sha": commit,
+                "private": repo.private,
+                "gated": "manual" if repo.gated else False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": each} for each in names],
+            }
+        )
+
+    def commit(self, repo: Repo, revision: str) -> str | None:
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return commit
+
+    def send_file(self, name: str, revision: str, inside: str) -> None:
+        repo = self.repo(name, content=True)
+        commit = self.commit(repo, revision) if repo else None
+        if repo is None or commit is None:
+            return
+        path = repo.commits[commit] / inside
+        if not path.is_file():
+            return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit}
+        if not inside.endswith(LARGE):
+            data = path.read_bytes()
+            etag = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+            return self.send_part(path, {**headers, "ETag": f'"{etag}"'})
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.served.blobs[digest] = path
+        headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(path.stat().st_size)}
+        headers |= {"Location": f"{self.served.storage_url}/{digest}/{path.name}?{SIGNATURE}"}
+        return self.send_all(302, headers, b"")
+
+    def send_blob(self, path: str) -> None:
+        assert SIGNATURE in self.path
+        self.send_part(self.served.blobs[path.split("/")[1]], {"ETag": f'"{path.split("/")[1]}"'})
+
+    def send_plain(self, path: str) -> None:
+        first, _, inside = path.strip("/").partition("/")
+        user = self.served.users.get(first)
+        if user and self.headers.get("Authorization") != f"Basic {b64encode(user.encode()).decode()}":
+            return self.send_all(401, {"WWW-Authenticate": "Basic"}, b"no")
+        folder = self.served.folders.get(first)
+        file = folder / inside if folder else None
+        if file is None or not file.is_file():
+            return self.send_all(404, {}, b"nothing here")
+        stamp = f'"{file.stat().st_mtime_ns:x}-{file.stat().st_size:x}"'
+        return self.send_part(file, {"ETag": stamp} if self.served.etags else {})
+
+    def send_part(self, path: Path, headers: dict[str, str]) -> None:
+        data = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked is None or not self.served.ranges:
+            return self.send_all(200, headers, data)
+        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(data)
+        if start >= len(data):
+            return self.send_all(416, {**headers, "Content-Range": f"bytes */{len(data)}"}, b"")
+        part = data[start : min(stop, len(data))]
+        headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+        return self.send_all(206, {**headers, "Accept-Ranges": "bytes"}, part)
+
+    def send_json(self, content: object) -> None:
+        self.send_all(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+    def refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        codes = {"X-Error-Code": code} if code else {}
+        body = json.dumps({"error": message}).encode()
+        self.send_all(status, {**codes, "X-Error-Message": message, **(headers or {})}, body)
+
+    def send_all(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        fault = self.fault()
+        if fault.status is not None:
+            status, body, headers = fault.status, b"broken", {}
+        if fault.body is not None:
+            body = fault.body
+        sent: dict[str, str | None] = {"Content-Length": str(len(body)), **headers, **fault.headers}
+        self.send_response(status)
+        for name, value in sent.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        limit = next((each for each in (fault.cut, fault.stall) if each is not None), len(body))
+        try:
+            for start in range(0, min(limit, len(body)), 1 << 16):
+                part = body[start : min(start + (1 << 16), limit)]
+                self.wfile.write(part)
+                self.served.sent[urlsplit(self.path).path] += len(part)
+        except OSError:  # the client wanted no more
+            self.close_connection = True
+            return
+        if fault.stall is not None:
+            self.served.ended.wait(30)
+        if limit < len(body):
+            self.close_connection = True
+
+    def fault(self) -> Fault:
+        for fault in self.served.faults:
+            if fault.path in self.path and fault.times and self.command in fault.methods:
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return Fault("")
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("it did not become so")
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """A server that is the Hub, and a cache of its own, without a login."""
+    running = Server()
+    monkeypatch.setenv("HF_ENDPOINT", running.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    try:
+        yield running
+    finally:
+        running.close()
