@@ -320,5 +320,5 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
 
 
 def _no_checkpoint(folder: str, name: str, found: Collection[str]) -> CheckpointError:
-    listed = ", ".join(sorted(found)[:8]) or "nothing"
+    listed = ", ".join(list(found)[:8]) or "nothing"
     return CheckpointError(f"{folder} is no checkpoint: it has no {name} (found: {listed})")

@@ -374,7 +374,7 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
         yield _cast(Payload(made.target, *derive(made, source)), asked)
     for each in conversion.completions:
         if weights is not None:
-            yield _cast(Payload(each.target, each.info, _parts(weights, each)), asked or each.dtype)
+            yield _cast(_cast(Payload(each.target, each.info, _parts(weights, each)), each.dtype), asked)
 
 
 def _parts(weights: Checkpoint, completion: Completion) -> Iterator[Chunk]:

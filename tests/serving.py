@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -150,10 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None:
         """Print nothing."""
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server looks for
+    def do_HEAD(self) -> None:
         self.answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer()
 
     def answer(self) -> None:
@@ -234,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = path.read_bytes()
             etag = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
             return self.send_part(path, {**headers, "ETag": f'"{etag}"'})
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path, path.stat().st_mtime_ns)
         self.served.blobs[digest] = path
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(path.stat().st_size)}
         headers |= {"Location": f"{self.served.storage_url}/{digest}/{path.name}?{SIGNATURE}"}
@@ -257,15 +258,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send_part(file, {"ETag": stamp} if self.served.etags else {})
 
     def send_part(self, path: Path, headers: dict[str, str]) -> None:
-        data = path.read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        size = path.stat().st_size
         if asked is None or not self.served.ranges:
-            return self.send_all(200, headers, data)
-        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(data)
-        if start >= len(data):
-            return self.send_all(416, {**headers, "Content-Range": f"bytes */{len(data)}"}, b"")
-        part = data[start : min(stop, len(data))]
-        headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+            return self.send_all(200, headers, path.read_bytes())
+        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else size
+        if start >= size:
+            return self.send_all(416, {**headers, "Content-Range": f"bytes */{size}"}, b"")
+        with path.open("rb") as file:
+            file.seek(start)
+            part = file.read(min(stop, size) - start)
+        headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{size}"
         return self.send_all(206, {**headers, "Accept-Ranges": "bytes"}, part)
 
     def send_json(self, content: object) -> None:
@@ -313,6 +316,16 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 return fault
         return Fault("")
+
+
+@cache
+def sha256(path: Path, changed: int) -> str:
+    """Return the checksum of a file that was changed last at some time."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def wait_for(condition: Any, seconds: float = 20.0) -> None:

@@ -33,8 +33,10 @@ class Access:
         """Whether nothing may be fetched."""
         if self.offline is not None:
             return self.offline
+        from huggingface_hub import constants
+
         said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-        return said.upper() in _TRUE
+        return constants.HF_HUB_OFFLINE or said.upper() in _TRUE
 
     @property
     def hub_cache(self) -> Path:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache as cache_calls
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -189,7 +190,7 @@ class UrlFolder:
         self.name = name
         self.file = file
         self._cache = cache
-        self._remote = remote
+        self._remote = cache_calls(remote)  # it compares what the server says from one answer to the next
         self._list = listing
         self._access = access
         self._partly = partly
@@ -213,8 +214,14 @@ class UrlFolder:
 
     def listing(self) -> Collection[str]:
         """Return the names that the server lists, or those that it was asked for and has."""
-        listed = () if self._access.is_offline else self._list()
-        return sorted(listed or (name for name in self._noted() if self._stat(name)))
+        noted = self._cache / "listing.json"
+        listed: Collection[str] = ()
+        if not self._access.is_offline:
+            if listed := self._list():
+                keep(noted, json.dumps(sorted(listed)).encode())
+        elif noted.exists():
+            listed = json.loads(noted.read_bytes())
+        return sorted(listed or (name for name, stat in self._stats.items() if stat))
 
     def path(self, name: str) -> Path:
         """Return where a file is kept, fetched first unless the same version is here."""

@@ -8,10 +8,11 @@ with the checksum that the Hub names.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from speculators.sources.remote import (
     pause,
     storing,
 )
-from speculators.sources.web import TIMEOUT, WebFile, http_error
+from speculators.sources.web import TIMEOUT, WebFile, http_error, reason
 from speculators.weights import WeightFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -64,22 +65,20 @@ class HubFolder:
         self._location = location
         self._access = access
         self._partly = partly
+        self._suffixes = tuple(suffixes)
         self._storage = access.hub_cache / _storage_name(location)
+        self._certain = True
         self.commit, files = self._cached() if access.is_offline else self._asked()
         inside, self.file = location.path, None
-        if inside in files and inside.endswith(tuple(suffixes)):
+        if inside in files and inside.endswith(self._suffixes):
             inside, _, self.file = inside.rpartition("/")
         self._inside = f"{inside}/" if inside else ""
-        self._names = sorted(
-            path.removeprefix(self._inside)
-            for path in files
-            if path.startswith(self._inside) and "/" not in path.removeprefix(self._inside)
-        )
-        if not self._names:
-            folders = sorted({path.rpartition("/")[0] for path in files if "/" in path})
+        found = [path.removeprefix(self._inside) for path in files if path.startswith(self._inside)]
+        self._names = {name for name in found if "/" not in name}
+        self._folders = {f"{name.rpartition('/')[0]}/" for name in found if "/" in name}
+        if not found:
             raise CheckpointError(
-                f"{location.repository} has no folder or weight file {location.path!r}"
-                f"{f' (folders: {_listed(folders)})' if folders else ''}; it has {_listed(sorted(files))}"
+                f"{location.repository} has no folder or weight file {location.path!r}; it has {_listed(sorted(files))}"
             )
 
     @property
@@ -88,12 +87,20 @@ class HubFolder:
         return None
 
     def has(self, name: str) -> bool:
-        """Tell whether a file is in it."""
-        return name in self._names
+        """Tell whether a file is in it.
+
+        Raises:
+            CheckpointError: Nobody can tell, as it is not in the cache and nobody can be asked.
+        """
+        if name in self._names or self._certain:
+            return name in self._names
+        if name.endswith(self._suffixes) and not any(each.endswith(self._suffixes) for each in self._names):
+            raise self._not_cached(name)
+        return False
 
     def listing(self) -> Collection[str]:
-        """Return the names of all its files."""
-        return self._names
+        """Return the names of all its files, and of the folders in it, which end in a slash."""
+        return sorted(self._names) + sorted(self._folders)
 
     def path(self, name: str) -> Path:
         """Return where the cache has a file, fetched first if it must be."""
@@ -177,7 +184,13 @@ class HubFolder:
             return commit, files
         if not info.sha:
             raise CheckpointError(f"{location.endpoint} names no commit of {self.name}; is it a Hub?")
-        return info.sha, [each.rfilename for each in info.siblings or ()]
+        files = sorted(each.rfilename for each in info.siblings or ())
+        keep(self._listed_in(info.sha), json.dumps(files).encode())
+        return info.sha, files
+
+    def _listed_in(self, commit: str) -> Path:
+        """Return where it is kept which files a commit has; huggingface_hub keeps those that were fetched."""
+        return self._access.own_cache / "hub" / self._storage.name / commit / "files.json"
 
     def _cached(self) -> tuple[str, list[str]]:
         revision = self._location.revision or "main"
@@ -185,17 +198,19 @@ class HubFolder:
         if not _COMMIT.fullmatch(revision):
             reference = self._storage / "refs" / revision
             commit = reference.read_text().strip() if reference.is_file() else ""
-        folder = self._storage / "snapshots" / commit
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if commit else []
-        parts = self._access.own_cache / "hub" / self._storage.name / commit if commit else None
-        if parts is not None:
-            files += [each.parent.parent.relative_to(parts).as_posix() for each in parts.glob("**/size/*")]
+        files: list[str] = []
+        if commit:
+            with suppress(OSError, ValueError):
+                return commit, json.loads(self._listed_in(commit).read_bytes())
+            folder = self._storage / "snapshots" / commit
+            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            self._certain = False
         if not files:
             here = ", and there is no folder of this name here" if self._location.bare else ""
             raise CheckpointError(
                 f"nothing of {self.name} is in the cache {self._access.hub_cache}{here}{self._others()}"
             )
-        return commit, sorted(set(files))
+        return commit, files
 
     def _others(self) -> str:
         """Say what the cache has of the repository instead."""
@@ -303,8 +318,8 @@ class HubFolder:
             raise self._refused(error) from error
         except errors.HFValidationError as error:
             raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from error
-        except http_error() as error:
-            raise TransientError(type(error).__name__) from error
+        except (http_error(), ConnectionError) as error:
+            raise TransientError(reason(error)) from error
 
     def _refused(self, error: Any) -> Exception:
         status = error.response.status_code

@@ -43,10 +43,17 @@ SECRET = re.compile(r"token|secret|signature|password|passwd|credential|api[-_]?
 
 @dataclass(frozen=True)
 class LocalLocation:
-    """A folder or a file of this machine; ``given`` is how the user wrote it."""
+    """A folder or a file of this machine.
+
+    Attributes:
+        path: Where it is.
+        given: How the user wrote it.
+        bare: Whether it was written as text without a scheme, as a Hugging Face ID is.
+    """
 
     path: Path
     given: str
+    bare: bool = False
 
     @property
     def name(self) -> str:
@@ -139,14 +146,14 @@ def parse(location: str | Path) -> Location:
         return _parse_url(text, scheme[1].lower())
     path = local_path(text)
     if _exists(path) or not (found := _ID.fullmatch(text)):
-        return LocalLocation(path, str(path) if text.startswith("~") else text)
+        return LocalLocation(path, str(path) if text.startswith("~") else text, bare=True)
     return replace(_hub(found["repository"], found["revision"], found["path"] or "", text), bare=True)
 
 
 def as_id(location: LocalLocation) -> HubLocation | None:
     """Return the repository that a local path could mean as well, as it is written ``org/name``."""
     found = _ID.fullmatch(location.given)
-    if not found or found["revision"] or found["path"] or "/" not in location.given:
+    if not location.bare or not found or found["revision"] or found["path"] or "/" not in location.given:
         return None
     return HubLocation(location.given, endpoint=hub_endpoint())
 

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -191,17 +191,22 @@ def download(
             if stat.version is None:
                 partial.unlink(missing_ok=True)  # it may be part of something else
             _require_space(target, (stat.size or 0) - _size(partial))
-            _fetch(file, stat, partial, progress)
-            if not check(partial):
-                # A part of an earlier run may have been damaged; one fresh attempt tells.
-                partial.unlink()
+            try:
                 _fetch(file, stat, partial, progress)
                 if not check(partial):
+                    # A part of an earlier run may have been damaged; one fresh attempt tells.
                     partial.unlink()
-                    raise CheckpointError(
-                        f"{file.name}: what arrived has another checksum than the server names; nothing was kept. "
-                        "Try again, or another mirror."
-                    )
+                    _fetch(file, stat, partial, progress)
+                    if not check(partial):
+                        raise CheckpointError(
+                            f"{file.name}: what arrived has another checksum than the server names; nothing was kept. "
+                            "Try again, or another mirror."
+                        )
+            except UnreachableError:
+                raise
+            except CheckpointError:
+                partial.unlink(missing_ok=True)  # a server that contradicts itself is not trusted in part
+                raise
             partial.replace(target)
         with suppress(OSError):
             target.with_name(f"{target.name}.lock").unlink()
@@ -217,10 +222,8 @@ def _fetch(file: RemoteFile, stat: Stat, partial: Path, progress: Progress) -> N
     try:
         _append(file, stat, partial, done, progress)
     except NoRangesError:
-        partial.unlink(missing_ok=True)  # nothing can be continued
-        _append(file, stat, partial, 0, progress)
+        _append(file, replace(stat, ranges=False), partial, 0, progress)
     if stat.size is not None and (arrived := _size(partial)) != stat.size:
-        partial.unlink()
         raise CheckpointError(f"{file.name}: {arrived} bytes arrived, expected {stat.size}; nothing was kept")
 
 
@@ -344,7 +347,8 @@ class Pieces:
                 path.unlink()  # damaged in the cache
         if self._file is None:
             raise CheckpointError(
-                f"{self.name}: bytes {start} to {stop} are not in the cache, and offline nothing can be fetched"
+                f"{self.name}: bytes {start} to {stop} are not in the cache, and offline nothing can be fetched; "
+                "run once without --offline"
             )
         data = b"".join(stream(self._file, start, stop))
         keep(self._folder / _piece_name(start, stop, data), data)

@@ -15,9 +15,6 @@ from speculators.sources.remote import NoRangesError, NotFoundError, Stat, Trans
 TIMEOUT = 20.0
 """Seconds without a byte after which a connection counts as lost."""
 
-CHUNK = 1 << 20
-"""Bytes taken from a connection at a time."""
-
 LONGEST_WAIT = 60.0
 """The most seconds that a server's own ``Retry-After`` is obeyed."""
 
@@ -70,9 +67,9 @@ class WebFile:
                     f"({response.headers.get('Content-Range', 'no Content-Range')})"
                 )
             try:
-                yield from response.iter_bytes(CHUNK)
+                yield from response.iter_bytes()  # as they come: nothing that arrived is lost with the connection
             except http_error() as error:
-                raise TransientError(_reason(error)) from error
+                raise TransientError(reason(error)) from error
 
     def _compare(self, response: Any) -> None:
         """Refuse bytes of another version than the first answer was about."""
@@ -99,8 +96,8 @@ class WebFile:
             ) as response:
                 self._judge(response)
                 yield response
-        except http_error() as error:
-            raise TransientError(_reason(error)) from error
+        except (http_error(), OSError) as error:
+            raise TransientError(reason(error)) from error
 
     def _judge(self, response: Any) -> None:
         status = response.status_code
@@ -123,7 +120,8 @@ def http_error() -> type[Exception]:
     return HfHubHTTPError.__bases__[0]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what went wrong with a connection, without addresses, which may hold secrets."""
     return re.sub(r"\S+://\S+", "…", str(error)) or type(error).__name__
 
 

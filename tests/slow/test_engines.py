@@ -65,7 +65,9 @@ def converted(variant: Copy, tmp_path: Path) -> dict[str, Path]:
     for name, changes in sources.items():
         source = variant("eagle3", folder=f"{name}-source", **changes)
         convert_model(source, verifier=VERIFIER, output_path=tmp_path / name)
-    return {name: tmp_path / name for name in sources}
+    own = tmp_path / "self-contained"
+    convert_model(tmp_path / "plain-source", verifier=VERIFIER, output_path=own, self_contained=True)
+    return {name: tmp_path / name for name in (*sources, own.name)}
 
 
 def test_speculators_0_9_finds_nothing_missing_and_nothing_unexpected(converted: dict[str, Path]) -> None:

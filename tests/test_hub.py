@@ -1,0 +1,659 @@
+"""Drafts and verifiers from the Hub, through huggingface_hub's own client and a server that speaks its protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import DATA, VERIFIER, Copy, read_tensors, write_checkpoint
+from click.testing import CliRunner
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from serving import SIGNATURE, Fault, Server, wait_for
+
+from speculators import CheckpointError, ConversionResult, convert_model, validate_model
+from speculators.cli import cli
+from speculators.sources import remote, web
+
+HEAD, BASE = "org/eagle3-head", "org/base"
+TOKEN = "hf_s3cret"
+
+Convert = Callable[..., ConversionResult]
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    """A Hub with a head and its verifier, whose faults are soon over; the working folder is empty."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.chdir(tmp_path)
+    server.add(HEAD, DATA / "eagle3")
+    server.add(BASE, VERIFIER)
+    return server
+
+
+@pytest.fixture
+def convert(hub: Server, tmp_path: Path) -> Convert:
+    """Convert the head of the Hub, without validation, into ``out``, with a cache of its own."""
+
+    def run(model: str | Path = HEAD, verifier: str | Path = BASE, out: str = "out", **more: Any) -> ConversionResult:
+        more = {"cache_dir": tmp_path / "cache", "validate": False, "overwrite": True} | more
+        return convert_model(model, verifier=verifier, output_path=tmp_path / out, **more)
+
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Read all files of an output."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    return found
+
+
+def named_verifier(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
+
+
+def test_a_head_of_the_hub_becomes_what_its_files_become(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    result = convert(validate=True)
+    convert(DATA / "eagle3", VERIFIER, out="local")
+
+    assert result.validation is not None
+    assert [check.name for check in result.validation.checks] == ["structure", "forward", "parity"]
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    assert named_verifier(tmp_path / "out") == BASE
+    assert provenance(tmp_path / "out") == {
+        "source": {"repository": HEAD, "commit": hub.repos[HEAD].refs["main"]},
+        "verifier": {"repository": BASE, "commit": hub.repos[BASE].refs["main"]},
+    }
+
+
+@pytest.mark.parametrize(
+    "form", ["{name}", "{name}@main", "{name}@{commit}", "hf://{name}", "{url}/{name}", "{url}/{name}/tree/main"]
+)
+def test_every_form_of_one_commit_gives_the_same_bytes(
+    form: str, hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    def place(name: str) -> str:
+        return form.format(name=name, url=hub.url, commit=hub.repos[name].refs["main"])
+
+    convert(out="plain")
+    convert(place(HEAD), place(BASE))
+
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+
+def test_a_revision_is_what_it_was(hub: Server, convert: Convert, tmp_path: Path, variant: Copy) -> None:
+    first = hub.repos[HEAD].refs["main"]
+    convert(out="first")
+    second = hub.add(HEAD, variant("eagle3", tensors={"norm.weight": torch.ones(128)}))
+
+    convert(out="second")
+    convert(f"{HEAD}@{first}", out="again")
+
+    assert content(tmp_path / "first") == content(tmp_path / "again")
+    assert weights(tmp_path / "second") != weights(tmp_path / "first")
+    assert provenance(tmp_path / "second")["source"]["commit"] == second
+
+
+def test_a_folder_and_a_file_of_a_repository_can_be_meant(
+    hub: Server, convert: Convert, tmp_path: Path, variant: Copy
+) -> None:
+    repo = tmp_path / "repo"
+    shutil.copytree(DATA / "eagle3", repo / "heads" / "best")
+    other = variant("eagle3", tensors={"norm.weight": torch.ones(128)})
+    shutil.copy(other / "model.safetensors", repo / "heads" / "best" / "other.safetensors")
+    commit = hub.add("org/many", repo)
+    convert(out="plain")
+
+    convert("org/many:heads/best")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    assert provenance(tmp_path / "out")["source"] == {
+        "repository": "org/many",
+        "commit": commit,
+        "path": "heads/best",
+    }
+    convert(f"{hub.url}/org/many/blob/main/heads/best/other.safetensors")
+    assert weights(tmp_path / "out") != weights(tmp_path / "plain")
+    with pytest.raises(
+        CheckpointError, match=r"org/many has no folder or weight file 'heads/worst'; it has heads/best/c"
+    ):
+        convert("org/many:heads/worst")
+    with pytest.raises(
+        CheckpointError, match=r"org/many is no checkpoint: it has no config\.json \(found: heads/best/,"
+    ):
+        convert("org/many")
+
+
+def test_of_a_draft_one_format_and_its_config_are_fetched(
+    hub: Server, convert: Convert, tmp_path: Path, variant: Copy
+) -> None:
+    repo = variant("eagle3", layout="sharded-safetensors")
+    shutil.copy(DATA / "eagle3" / "pytorch_model.bin", repo)
+    (repo / "optimizer.pt").write_bytes(b"large")
+    (repo / "README.md").write_text("words")
+    hub.add("org/both", repo)
+
+    convert("org/both")
+
+    fetched = {request.path.rpartition("/")[2].partition("?")[0] for request in hub.asked("org/both/resolve")}
+    assert fetched == {
+        "config.json",
+        "model.safetensors.index.json",
+        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+    }
+
+
+@pytest.fixture(scope="module")
+def large_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A head, and a sharded verifier of 210 MB with embeddings of 105 MB."""
+    width, vocabulary, drafted, inner, heads = 512, 102_400, 1000, 64, 8
+    shape = {"hidden_size": width, "vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": heads}
+    more = {"num_hidden_layers": 8, "intermediate_size": inner, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    make = torch.Generator().manual_seed(0)
+
+    def tensor(*sizes: int) -> torch.Tensor:
+        return (torch.randn(*sizes, generator=make) * 0.02).to(torch.bfloat16)
+
+    base = {
+        "model.embed_tokens.weight": tensor(vocabulary, width),
+        "lm_head.weight": tensor(vocabulary, width),
+        "model.norm.weight": tensor(width),
+    }
+    targets = torch.arange(drafted) * 3
+    mask = torch.zeros(vocabulary, dtype=torch.bool)
+    mask[targets] = True
+    layer = {f"self_attn.{name}_proj.weight": tensor(width, 2 * width) for name in "qkv"}
+    layer |= {"self_attn.o_proj.weight": tensor(width, width)}
+    layer |= {f"mlp.{name}_proj.weight": tensor(inner, width) for name in ("gate", "up")}
+    layer |= {"mlp.down_proj.weight": tensor(width, inner)}
+    layer |= {
+        f"{name}.weight": tensor(width) for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+    }
+    head = {f"midlayer.{name}": value for name, value in layer.items()} | {
+        "fc.weight": tensor(width, 3 * width),
+        "norm.weight": tensor(width),
+        "lm_head.weight": tensor(drafted, width),
+        "d2t": targets - torch.arange(drafted),
+        "t2d": mask,
+    }
+    common = {**shape, **more, "torch_dtype": "bfloat16", "max_position_embeddings": 2048, "model_type": "llama"}
+    folder = tmp_path_factory.mktemp("large")
+    return (
+        write_checkpoint(folder / "head", {**common, "draft_vocab_size": drafted, "num_hidden_layers": 1}, head),
+        write_checkpoint(
+            folder / "base", {**common, "architectures": ["LlamaForCausalLM"]}, base, "sharded-safetensors"
+        ),
+    )
+
+
+EMBEDDING = 102_400 * 512 * 2
+"""Bytes of the large verifier's embeddings."""
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_of_a_verifier_only_what_is_used_is_fetched(
+    self_contained: bool, large_pair: tuple[Path, Path], hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    head, base = large_pair
+    hub.add("org/large-head", head)
+    hub.add("org/large-base", base)
+    draft = sum(path.stat().st_size for path in head.iterdir())
+    completed = EMBEDDING if self_contained else 0
+    assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 200e6
+
+    convert("org/large-head", "org/large-base", validate=True, self_contained=self_contained)
+
+    assert draft + completed < hub.total() < draft + completed + 1e6
+    assert ("embed_tokens.weight" in read_tensors(tmp_path / "out")) == self_contained
+    before = hub.total()
+    convert("org/large-head", "org/large-base", validate=True, self_contained=self_contained)
+    assert hub.total() - before < 10_000  # all but what tells the commits comes from the cache
+
+
+def test_of_a_pickled_verifier_only_the_shard_with_the_tensor_is_fetched(
+    hub: Server, convert: Convert, tmp_path: Path, variant: Copy
+) -> None:
+    hub.add("org/pickled", variant("verifier", layout="sharded-bin"))
+
+    convert(DATA / "eagle1-no-bias", "org/pickled")
+
+    index = json.loads((tmp_path / "source" / "pytorch_model.bin.index.json").read_text())
+    shard = index["weight_map"]["model.embed_tokens.weight"]
+    assert {request.path.rpartition("/")[2] for request in hub.asked("resolve") if ".bin" in request.path} == {
+        "pytorch_model.bin.index.json",
+        shard,
+    }
+
+
+def test_what_another_program_downloaded_is_used(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    for name, file in ((HEAD, "pytorch_model.bin"), (BASE, "model.safetensors")):
+        for each in ("config.json", file):
+            hf_hub_download(name, each, cache_dir=tmp_path / "cache", endpoint=hub.url)
+    hub.requests.clear()
+
+    convert(validate=True, self_contained=True)
+    convert(validate=True, self_contained=True, offline=True, out="again")
+
+    assert not hub.asked("resolve")
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_another_program_downloaded_in_part_is_not_taken_for_all(
+    offline: bool, hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    for each in (HEAD, BASE):
+        hf_hub_download(each, "config.json", cache_dir=tmp_path / "cache", endpoint=hub.url)
+    if not offline:
+        assert convert().algorithm == "eagle3"
+        return
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not in the cache .*\(it has config\.json\)"):
+        convert(offline=True)
+
+
+def test_another_program_finds_what_was_downloaded(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert()
+    file = hf_hub_download(HEAD, "pytorch_model.bin", cache_dir=tmp_path / "cache", local_files_only=True)
+
+    assert Path(file).read_bytes() == (DATA / "eagle3" / "pytorch_model.bin").read_bytes()
+    assert HEAD in {repo.repo_id for repo in scan_cache_dir(tmp_path / "cache").repos}
+
+
+def test_a_cached_conversion_needs_no_hub(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert(validate=True, self_contained=True)
+    hub.requests.clear()
+
+    convert(validate=True, self_contained=True, out="again", offline=True)
+
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert not hub.requests
+
+
+def test_a_hub_that_is_away_is_said_and_the_cache_used(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert()
+    hub.faults.append(Fault("/api/models", times=99, status=503))
+
+    with pytest.warns(
+        UserWarning, match=r"the Hub at http://\S+ cannot be reached \(status 503\).*; the cached commit"
+    ):
+        convert(out="again")
+
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_a_token_reaches_the_hub_and_nobody_else(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    hub.add("org/private", DATA / "eagle3", private=True)
+    hub.tokens[TOKEN] = {"org/private"}
+
+    convert("org/private", token=TOKEN)
+
+    said = {
+        (request.origin, request.authorization) for request in hub.requests if "agent-harnesses" not in request.path
+    }
+    assert said == {("hub", f"Bearer {TOKEN}"), ("storage", None)}
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert TOKEN.encode() not in everything
+    assert SIGNATURE.encode() not in everything
+
+
+@pytest.mark.parametrize("how", ["variable", "login"])
+def test_a_token_may_come_from_the_variable_or_a_login(
+    how: str, hub: Server, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/private", DATA / "eagle3", private=True)
+    hub.tokens[TOKEN] = {"org/private"}
+    if how == "variable":
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    else:
+        from huggingface_hub import constants
+
+        token = Path(constants.HF_TOKEN_PATH)
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.write_text(TOKEN)
+    try:
+        assert convert("org/private").algorithm == "eagle3"
+    finally:
+        if how == "login":
+            token.unlink()
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "message"),
+    [
+        ("org/nothing", None, r"has no repository org/nothing, or it is private.*without a token; there is no folder"),
+        (
+            "hf://org/nothing",
+            None,
+            r"has no repository org/nothing, .*without a token; check the name, or pass a token",
+        ),
+        ("org/private", None, r"has no repository org/private, or it is private and not to be seen without a token"),
+        ("org/private", "hf_other", r"has no repository org/private, or it is private .* with this token"),
+        ("org/private", "hf_wrong", r"does not accept the token \(status 401\); see http://\S+/org/private"),
+        (
+            "org/gated",
+            None,
+            r"org/gated is gated: ask for access at http://\S+/org/gated, then pass a token with --token",
+        ),
+        ("org/gated", "hf_other", r"org/gated is gated: ask for access at http://\S+/org/gated, then pass a token"),
+        (f"{HEAD}@v7", None, r"org/eagle3-head has no revision 'v7'; it has main"),
+        ("org/words", None, r"org/words is no checkpoint: it has no config\.json \(found: README\.md\)"),
+        ("org/config-only", None, r"org/config-only holds no weights: expected .*, found README\.md, config\.json"),
+        ("org/torn", None, r"names the shard 'model-00002-of-00002\.safetensors', which is missing"),
+        ("org/two", None, r"org/two holds alternative weight files \(a\.safetensors, b\.safetensors\)"),
+        ("org/pointer", None, r"git-lfs|no complete safetensors file"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_in_one_line(
+    model: str, token: str | None, message: str, hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    def repo(name: str, files: dict[str, bytes | Path], **more: bool) -> None:
+        folder = tmp_path / "repos" / name
+        folder.mkdir(parents=True)
+        for file, data in files.items():
+            (folder / file).write_bytes(data if isinstance(data, bytes) else data.read_bytes())
+        hub.add(f"org/{name}", folder, **more)
+
+    config, head = DATA / "eagle3" / "config.json", DATA / "hass-layernorms" / "model.safetensors"
+    hub.add("org/private", DATA / "eagle3", private=True)
+    hub.add("org/gated", DATA / "eagle3", gated=True)
+    hub.tokens["hf_other"] = set()
+    index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    repo("words", {"README.md": b"words"})
+    repo("config-only", {"config.json": config, "README.md": b"words"})
+    repo(
+        "torn",
+        {"config.json": config, "model.safetensors.index.json": index, "model-00001-of-00002.safetensors": head},
+    )
+    repo("two", {"config.json": config, "a.safetensors": head, "b.safetensors": head})
+    repo("pointer", {"config.json": config, "model.safetensors": b"version https://git-lfs.github.com/spec/v1\n"})
+
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(model, token=token)
+
+    assert "\n" not in str(caught.value)
+    assert str(token) not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gated_verifier_is_said_before_the_draft_is_fetched(hub: Server, convert: Convert) -> None:
+    hub.add("org/gated", VERIFIER, gated=True)
+
+    with pytest.raises(CheckpointError, match=r"org/gated is gated: ask for access at"):
+        convert(verifier="org/gated")
+
+    assert not hub.asked("pytorch_model.bin")
+
+
+def test_offline_it_is_said_what_the_cache_has(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"nothing of org/eagle3-head is in the cache \S+; run once|no folder of this"
+    ):
+        convert(offline=True)
+    convert()
+
+    with pytest.raises(CheckpointError, match=r"nothing of \S+@v7 is in the cache .*\(of it the cache has .*main"):
+        convert(f"{HEAD}@v7", offline=True)
+    with pytest.raises(
+        CheckpointError,
+        match=r"org/base at commit \w+: model\.safetensors is not in the cache .*\(it has config\.json\)",
+    ):
+        convert(offline=True, self_contained=True)
+    assert not (tmp_path / "out" / "x").exists()
+
+
+def test_a_name_with_two_meanings_is_refused(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    shutil.copytree(DATA / "eagle3", tmp_path / HEAD)
+    shutil.copytree(DATA / "eagle3", tmp_path / "org" / "only-here")
+
+    with pytest.raises(
+        CheckpointError, match=rf"{HEAD} is both a folder here and a repository .*write \./{HEAD} or hf"
+    ):
+        convert(HEAD)
+    for unmistakable in (f"./{HEAD}", f"hf://{HEAD}", tmp_path / HEAD, "org/only-here", Path(HEAD)):
+        assert convert(unmistakable).algorithm == "eagle3"
+
+
+def test_a_name_that_the_cache_knows_has_two_meanings_offline_too(
+    hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    convert()
+    shutil.copytree(DATA / "eagle3", tmp_path / HEAD)
+
+    with pytest.raises(CheckpointError, match="is both a folder here and a repository of the Hub"):
+        convert(offline=True)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault("pytorch_model.bin?", cut=100_000), id="cut in the middle"),
+        pytest.param(Fault("pytorch_model.bin?", cut=0), id="cut at once"),
+        pytest.param(Fault("pytorch_model.bin?", stall=200_000), id="stalled"),
+        pytest.param(Fault("pytorch_model.bin?", status=503, times=3), id="unavailable"),
+        pytest.param(Fault("pytorch_model.bin?", status=429, headers={"Retry-After": "0"}), id="asked to wait"),
+        pytest.param(Fault("resolve", status=500), id="a broken redirect"),
+        pytest.param(Fault("resolve", status=502, methods=("HEAD",)), id="broken metadata"),
+        pytest.param(Fault("/api/models", status=504), id="broken listing"),
+        pytest.param(Fault("config.json", cut=10), id="a cut config"),
+    ],
+)
+def test_a_passing_fault_is_waited_out(
+    fault: Fault, hub: Server, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "TIMEOUT", 0.5)
+    convert(DATA / "eagle3", VERIFIER, out="local")
+    hub.faults.append(fault)
+
+    convert()
+
+    assert fault.times == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+
+
+def test_a_download_goes_on_where_the_connection_broke(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    size = (DATA / "eagle3" / "pytorch_model.bin").stat().st_size
+    hub.faults += [Fault("pytorch_model.bin?", cut=100_000), Fault("pytorch_model.bin?", cut=200_000)]
+
+    convert()
+
+    ranges = [request.range for request in hub.asked("pytorch_model.bin?")]
+    assert ranges == [f"bytes={start}-{size - 1}" for start in (0, 100_000, 300_000)]
+
+
+def test_a_lasting_fault_is_said_and_what_arrived_is_kept(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    hub.faults += [Fault("pytorch_model.bin?", cut=100_000), Fault("pytorch_model.bin?", times=99, cut=0)]
+
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: the connection was lost after 100000 bytes .*5 more"
+    ):
+        convert()
+    hub.faults.clear()
+    hub.requests.clear()
+    convert()
+
+    assert [str(request.range).partition("-")[0] for request in hub.asked("bin?")] == ["bytes=100000"]
+
+
+def test_an_interrupted_program_goes_on_where_it_was(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    hub.faults.append(Fault("pytorch_model.bin?", stall=300_000))
+    command = [sys.executable, "-m", "speculators", "convert", HEAD, "--verifier", BASE, "--no-validate"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--output-path", str(tmp_path / "out")]
+    stopped = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "HF_ENDPOINT": hub.url})
+    partial = tmp_path / "cache" / "models--org--eagle3-head" / "blobs"
+    wait_for(lambda: any(path.stat().st_size for path in partial.glob("*.partial")))
+    stopped.kill()
+    stopped.wait()
+    hub.requests.clear()
+
+    convert(DATA / "eagle3", VERIFIER, out="local")
+    convert()
+
+    (request,) = hub.asked("pytorch_model.bin?")
+    assert int(str(request.range).removeprefix("bytes=").partition("-")[0]) > 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    assert not list(partial.glob("*.partial"))
+
+
+def test_two_programs_at_once_share_the_cache(hub: Server, tmp_path: Path) -> None:
+    hub.faults.append(Fault("pytorch_model.bin?", cut=200_000))
+    command = [sys.executable, "-m", "speculators", "convert", HEAD, "--verifier", BASE, "--self-contained"]
+    command += ["--no-validate", "--cache-dir", str(tmp_path / "cache"), "--output-path"]
+    running = [
+        subprocess.Popen(
+            [*command, str(tmp_path / f"out{number}")], cwd=tmp_path, env={**os.environ, "HF_ENDPOINT": hub.url}
+        )
+        for number in range(3)
+    ]
+
+    assert [each.wait(60) for each in running] == [0, 0, 0]
+
+    assert content(tmp_path / "out0") == content(tmp_path / "out1") == content(tmp_path / "out2")
+    assert hub.sent[next(path for path in hub.sent if path.endswith("pytorch_model.bin"))] == 482_548
+
+
+def test_another_content_than_the_hub_names_is_refused(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    size = (DATA / "eagle3" / "pytorch_model.bin").stat().st_size
+    hub.faults.append(Fault("pytorch_model.bin?", times=99, body=b"x" * size))
+
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: what arrived has another checksum than the server nam"
+    ):
+        convert()
+
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+    hub.faults.clear()
+    assert convert().algorithm == "eagle3"
+
+
+def test_a_damaged_rest_of_an_earlier_run_is_replaced(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    hub.faults += [Fault("pytorch_model.bin?", cut=100_000), Fault("pytorch_model.bin?", times=99, cut=0)]
+    with pytest.raises(CheckpointError, match="the connection was lost"):
+        convert()
+    (partial,) = (tmp_path / "cache").rglob("*.partial")
+    partial.write_bytes(b"x" * 100_000)
+    hub.faults.clear()
+
+    assert convert().algorithm == "eagle3"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            Fault("model.safetensors?", headers={"ETag": '"other"'}, skip=1),
+            r"was changed on the server while it was read",
+        ),
+        (Fault("model.safetensors?", headers={"Content-Range": "bytes 0-65535/99"}, skip=1), "4997376 became 99"),
+        (Fault("model.safetensors?", headers={"Content-Range": "bytes 7-65542/4997376"}, skip=1), "sent another part"),
+        (Fault("model.safetensors?", body=b"x" * 70_000, skip=1, headers={"Content-Range": None}), "sent another part"),
+        (Fault("model.safetensors?", body=b"x" * 70_000, skip=1), "more bytes than it was asked for"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    fault: Fault, message: str, hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    hub.faults.append(fault)
+
+    with pytest.raises(CheckpointError, match=message):
+        convert(self_contained=True)
+
+    assert not (tmp_path / "out").exists()
+    hub.faults.clear()
+    assert convert(self_contained=True).algorithm == "eagle3"
+
+
+def test_a_piece_that_was_damaged_in_the_cache_is_fetched_again(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert(self_contained=True)
+    for piece in (tmp_path / "cache" / ".speculators").rglob("[0-9]*-[0-9]*-*"):
+        piece.write_bytes(bytes(len(piece.read_bytes())))
+
+    convert(self_contained=True, out="again")
+
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_a_hub_without_ranges_is_read_whole_and_that_is_said(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert(DATA / "eagle3", VERIFIER, out="local", self_contained=True)
+    hub.ranges = False
+
+    with pytest.warns(UserWarning, match=r"model\.safetensors is on a server that sends whole files only; all of 5 MB"):
+        convert(self_contained=True)
+
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+
+
+def test_no_space_in_the_cache_is_said(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    hub.faults.append(Fault("resolve", methods=("HEAD",), times=99, headers={"X-Linked-Size": str(10**18)}))
+
+    with pytest.raises(
+        CheckpointError, match=rf"no space for {10**18} bytes in the cache \S+ .*--cache-dir or HF_HOME"
+    ):
+        convert()
+
+
+def test_a_cache_that_cannot_be_written_is_said(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"the cache \S+ cannot be written: .*--cache-dir or HF_HOME"):
+        convert(cache_dir=tmp_path / "file")
+
+
+def test_a_converted_model_on_the_hub_is_validated_there(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert()
+    hub.add("org/converted", tmp_path / "out")
+
+    report = validate_model("org/converted", source=HEAD, cache_dir=tmp_path / "cache")
+
+    assert report.passed
+    assert [check.name for check in report.checks] == ["structure", "forward", "parity"]
+
+
+def test_acceptance_is_measured_with_a_verifier_of_the_hub(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    prompts = [list(range(1, 9)), list(range(20, 32))]
+
+    convert()
+    report = validate_model(tmp_path / "out", level="acceptance", prompts=prompts, cache_dir=tmp_path / "cache")
+    convert(verifier=VERIFIER, out="local")
+    local = validate_model(tmp_path / "local", level="acceptance", prompts=prompts)
+
+    assert report.acceptance is not None
+    assert report.acceptance == local.acceptance
+
+
+def test_the_command_shows_one_line_and_no_secret(hub: Server, tmp_path: Path) -> None:
+    hub.tokens["hf_other"] = set()
+    arguments = ["convert", HEAD, "--verifier", "org/nothing", "--cache-dir", str(tmp_path / "cache")]
+
+    result = CliRunner().invoke(cli, [*arguments, "--token", "hf_other", "--output-path", str(tmp_path / "out")])
+
+    assert result.exit_code == 3
+    assert result.output.startswith("Error: http://127.0.0.1")
+    assert result.output.count("\n") == 1
+    assert "hf_other" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_take_every_kind_of_place(hub: Server, tmp_path: Path) -> None:
+    reach = ["--cache-dir", str(tmp_path / "cache"), "--output-path", str(tmp_path / "out")]
+    assert CliRunner().invoke(cli, ["convert", HEAD, "--verifier", f"hf://{BASE}", *reach]).exit_code == 0
+    asked = len(hub.requests)
+
+    offline = ["validate", str(tmp_path / "out"), "--source", HEAD, "--cache-dir", str(tmp_path / "cache"), "--offline"]
+    result = CliRunner().invoke(cli, offline)
+
+    assert (result.exit_code, len(hub.requests)) == (0, asked), result.output
