@@ -13,6 +13,7 @@ from checkpoints import write_checkpoint
 
 from speculators import Checkpoint, Facts, Registry, match
 from speculators.plan import plan
+from speculators.sources.locations import HubLocation, LocalLocation, UrlLocation, parse
 from speculators.weights import TensorInfo
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +81,28 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
+def test_every_form_of_a_source_on_its_page_has_a_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heads" / "best").mkdir(parents=True)
+    (tmp_path / "heads" / "best" / "step-2.safetensors").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HF_ENDPOINT")
+    table = (ROOT / "docs" / "sources.md").read_text().partition("\n\n```")[0]
+    rows = [(row.split("|")[1], row.split("|")[2]) for row in table.splitlines() if row.startswith("| `")]
+    kinds = {
+        LocalLocation: "local|weight file",
+        HubLocation: "repository|same|page|branch",
+        UrlLocation: "server|driver|weight f|same",
+    }
+
+    for forms, meaning in rows:
+        for form in re.findall(r"`([^`]+)`", forms):
+            assert re.search(kinds[type(parse(form.replace("…", "x")))], meaning), form
+    assert len(rows) == 12
+
+
 def test_the_core_names_no_algorithm() -> None:
     names = re.compile("|".join([*Registry().names, "medusa", "dflash"]))
-    for module in (ROOT / "speculators").glob("*.py"):
+    for module in (ROOT / "speculators").rglob("*.py"):
         code = re.sub(r'""".*?"""|#.*', "", module.read_text(), flags=re.DOTALL)
         assert not names.search(code), module.name
