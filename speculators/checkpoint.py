@@ -21,6 +21,7 @@ from speculators import dtypes, pickles
 from speculators.errors import CheckpointError
 from speculators.pickles import PickleFile
 from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
+from speculators.sources.locations import is_inside
 from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Checkpoint:
         shards: dict[str, Listing | None] = {}
         for shard in sorted(set(weight_map.values())):
             said = f"{self._described(index)} names the shard {shard!r}"
-            if Path(shard).name != shard or shard in ("", ".", ".."):
+            if "/" in shard or not is_inside(shard):
                 raise CheckpointError(f"{said}; shards must lie beside their index")
             if Path(shard).suffix not in FORMATS:
                 raise CheckpointError(f"{said}, which is no weight file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,7 @@ import click
 
 import speculators
 from speculators.errors import SpeculatorsError, ValidationError
+from speculators.progress import on_terminal, printable
 
 if TYPE_CHECKING:
     from speculators.convert import ConversionResult
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+INTERRUPTED = 130
+"""The exit code that shells expect of a program that Ctrl-C ended."""
+
+
 class _Group(click.Group):
     """Turns every expected error into one message and its exit code."""
 
@@ -30,18 +36,21 @@ class _Group(click.Group):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
+            except click.UsageError as error:
+                from speculators.sources.locations import redacted
+
+                shown = re.sub(r"\w+://[^\s()'\"]*", lambda found: redacted(found[0]), error.format_message())
+                raise click.UsageError(shown, error.ctx) from None
             except SpeculatorsError as error:
-                click.echo(f"Error: {_printable(str(error))}", err=True)
+                click.echo(f"Error: {printable(str(error))}", err=True)
                 ctx.exit(error.exit_code)
+            except KeyboardInterrupt:
+                click.echo("Interrupted; nothing was written, and what was downloaded is kept", err=True)
+                ctx.exit(INTERRUPTED)
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    click.echo(f"Warning: {_printable(str(message))}", err=True)
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, which names in a stranger's checkpoint may hold."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+    click.echo(f"Warning: {printable(str(message))}", err=True)
 
 
 class _JsonObject(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3 only
@@ -151,7 +160,6 @@ def convert(
         raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
     _refuse_clashes(algorithm_kwargs, _CONVERT_ARGUMENTS)
     from speculators.convert import convert_model
-    from speculators.progress import on_terminal
 
     with on_terminal(quiet) as progress:
         result = convert_model(
@@ -172,7 +180,7 @@ def convert(
             progress=progress,
             **algorithm_kwargs,
         )
-    click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(model, result))
+    click.echo(json.dumps(_as_json(result), indent=2) if as_json else _describe(result))
 
 
 @cli.command(
@@ -217,7 +225,6 @@ def validate(
     """Check the converted model PATH: structure, forward, acceptance."""
     _refuse_clashes(algorithm_kwargs, _VALIDATE_ARGUMENTS)
     from speculators import prompts as prompting
-    from speculators.progress import on_terminal
     from speculators.validation import validate_model
 
     given = prompting.read(prompts) if prompts else None
@@ -250,7 +257,7 @@ def _describe_report(report: Report) -> list[str]:
     lines = []
     for check in report.checks:
         verdict = click.style("passed", fg="green") if check.passed else click.style("FAILED", fg="red", bold=True)
-        lines.append(f"{check.name:<{width}}  {verdict}  {_printable(check.detail)}")
+        lines.append(f"{check.name:<{width}}  {verdict}  {printable(check.detail)}")
         if check.name == "acceptance" and report.acceptance is not None:
             for position, rate in enumerate(report.acceptance.rates, 1):
                 lines.append(f"    draft token {position}  {'#' * round(BAR * rate):<{BAR}}  {rate:.3f}")
@@ -307,8 +314,8 @@ _VALIDATE_ARGUMENTS = {
 """Names of `validate_model`'s own arguments."""
 
 
-def _describe(model: str, result: ConversionResult) -> str:
-    lines = [f"Converted {model} with {result.algorithm} ({result.package})"]
+def _describe(result: ConversionResult) -> str:
+    lines = [f"Converted {result.source} with {result.algorithm} ({result.package})"]
     changed = {source: target for source, target in result.renamed.items() if source != target}
     lines += _section("renamed", changed, " -> ")
     lines += _section("kept", {source: "" for source, target in result.renamed.items() if source == target}, "")
@@ -316,12 +323,12 @@ def _describe(model: str, result: ConversionResult) -> str:
     lines += _section("left out", result.dropped, ": ")
     lines += _section("completed", result.completed, ": ")
     lines += [f"note: {note}" for note in result.notes]
-    lines = [_printable(line) for line in lines]
+    lines = [printable(line) for line in lines]
     if result.validation is None:
         lines.append("not validated")
     else:
         lines += _describe_report(result.validation)
-    return "\n".join([*lines, f"Wrote {_printable(str(result.output_path))}"])
+    return "\n".join([*lines, f"Wrote {printable(str(result.output_path))}"])
 
 
 def _section(title: str, entries: Mapping[str, str], arrow: str) -> list[str]:
@@ -345,7 +352,7 @@ def _list_algorithms(as_json: bool) -> None:
         install = [] if registry.names else known_packages()
         click.echo(json.dumps({"algorithms": algorithms, "broken": broken, "install": install}, indent=2))
     else:
-        click.echo(_printable(_listing(registry, algorithms)))
+        click.echo(printable(_listing(registry, algorithms)))
 
 
 def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:

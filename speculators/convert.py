@@ -24,14 +24,11 @@ from speculators.sharing import Completion, complete, settle
 from speculators.sources import Access, LocalLocation, local_path, parse
 from speculators.spec import Context
 from speculators.verifier import Verifier
-from speculators.weights import Chunk
+from speculators.weights import CHUNK, Chunk
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.validation import Report
-
-PIECE = 16 << 20
-"""Bytes of the verifier's tensors that are read at a time."""
 
 AUTO = "auto"
 """The algorithm name that asks the installed plugins to recognise the checkpoint."""
@@ -86,6 +83,7 @@ class ConversionResult:
 
     Attributes:
         output_path: The folder that holds the converted model.
+        source: What was converted, as the user named it, without secrets.
         algorithm: Name of the algorithm.
         package: The plugin package that did it, with its version.
         renamed: Source name → output name, of every tensor that was written as it is.
@@ -98,6 +96,7 @@ class ConversionResult:
     """
 
     output_path: Path
+    source: str
     algorithm: str
     package: str
     renamed: dict[str, str]
@@ -164,21 +163,25 @@ def convert_model(
         from speculators.validation import check, require_level
 
         require_level(validate_level)
+    registry = registry or Registry()
+    require_dtype(dtype)
+    if algorithm != AUTO:
+        parse_options(registry.get(algorithm), algorithm_kwargs)
     access = Access(token, cache_dir, offline, progress)
     source, base, report = Checkpoint.at(model, access), Verifier(verifier, access), None
     require_native(source)
+    if validate and source.place.local is None:
+        _require_device(validate_device)
     source.fetch()
     with verifying(source) as verified:
         if validate:
-            from speculators.draft import find_device
-
-            find_device(validate_device)
+            _require_device(validate_device)
         conversion = prepare(
             source,
             base,
             algorithm=algorithm,
             dtype=dtype,
-            registry=registry or Registry(),
+            registry=registry,
             algorithm_kwargs=algorithm_kwargs,
             self_contained=self_contained,
             progress=progress,
@@ -200,6 +203,7 @@ def convert_model(
                 report.raise_on_failure()
     return ConversionResult(
         output_path=target,
+        source=source.name,
         algorithm=spec.name,
         package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
         renamed=conversion.renamed,
@@ -245,6 +249,23 @@ def require_native(source: Checkpoint) -> None:
         )
 
 
+def require_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that nothing can be cast to.
+
+    Raises:
+        OptionError: It is none of those that can be written.
+    """
+    if dtype is not None and dtypes.STORED_NAMES.get(dtype) not in dtypes.FLOATS:
+        known = ", ".join(dtypes.TORCH_NAMES[name] for name in dtypes.FLOATS)
+        raise OptionError(f"dtype {dtype!r} is none of {known}")
+
+
+def _require_device(name: str) -> None:
+    from speculators.draft import find_device
+
+    find_device(name)
+
+
 def prepare(
     source: Checkpoint,
     verifier: Verifier,
@@ -256,11 +277,13 @@ def prepare(
     self_contained: bool = False,
     progress: Progress = unheard,
 ) -> Conversion:
-    """Read, recognise, plan and configure: all of a conversion but the writing."""
+    """Read, recognise, plan and configure: all of a conversion but the writing.
+
+    Raises:
+        SpeculatorsError: Anything that keeps the conversion from being right.
+    """
     require_native(source)
-    if dtype is not None and dtypes.STORED_NAMES.get(dtype) not in dtypes.FLOATS:
-        known = ", ".join(dtypes.TORCH_NAMES[name] for name in dtypes.FLOATS)
-        raise OptionError(f"dtype {dtype!r} is none of {known}")
+    require_dtype(dtype)
     chosen = registry.recognise(source) if algorithm == AUTO else registry.get(algorithm)
     spec = chosen.spec
     options = parse_options(chosen, algorithm_kwargs)
@@ -380,8 +403,8 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
 def _parts(weights: Checkpoint, completion: Completion) -> Iterator[Chunk]:
     """Yield a tensor of the verifier's in pieces, each of which is fetched just before it is written."""
     size = completion.info.nbytes
-    for start in range(0, size, PIECE):
-        yield weights.stretch(completion.source, start, min(start + PIECE, size))
+    for start in range(0, size, CHUNK):
+        yield weights.stretch(completion.source, start, min(start + CHUNK, size))
 
 
 def _cast(payload: Payload, dtype: str | None) -> Payload:

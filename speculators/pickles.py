@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import warnings
-import weakref
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class PickleFile:
         self.path = path
         try:
             self._file = path.open("rb")
-            weakref.finalize(self, self._file.close)
             archive = _read_archive(self._file) if _is_archive(self._file) else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -10,6 +10,11 @@ Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many bytes of it are done, and how many there are; 0 if nobody knows."""
 
 
+def printable(text: str) -> str:
+    """Escape control characters, which names in a stranger's checkpoint or on a server may hold."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
 def unheard(task: str, done: int, total: int) -> None:
     """Tell nobody."""
 
@@ -34,7 +39,7 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
             return self.column(task) if task.total else ""
 
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         *map(Known, (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())),
     )
@@ -43,7 +48,7 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
 
         def show(task: str, done: int, total: int) -> None:
             if task not in tasks:
-                tasks[task] = shown.add_task(task, total=total or None)
+                tasks[task] = shown.add_task(printable(task), total=total or None)
             shown.update(tasks[task], completed=done)
 
         yield show

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError as SchemaError
 
 from speculators import prompts as prompting
-from speculators.checkpoint import Checkpoint, stored_dtype
+from speculators.checkpoint import Checkpoint, read_json, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import CheckpointError, OptionError, ValidationError
+from speculators.output import PROVENANCE_FILE
 from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
 from speculators.prompts import Prompt
 from speculators.registry import Registry
-from speculators.sources import Access
+from speculators.sources import Access, LocalLocation, parse
+from speculators.sources.locations import HubLocation
 from speculators.table import Table
 from speculators.verifier import Verifier
 
@@ -154,10 +156,7 @@ def validate_model(
         raise CheckpointError(f"the config of {converted.name} names no speculators_config.algorithm")
     registry = registry or Registry()
     spec = registry.get(block["algorithm"]).spec
-    named = verifier or (block.get("verifier") or {}).get("name_or_path")
-    if not named:
-        raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
-    base, conversion = Verifier(named, access), None
+    base, conversion = Verifier(verifier or _named_verifier(converted, block), access), None
     if source is not None:
         from speculators.convert import prepare, verifying
 
@@ -173,6 +172,34 @@ def validate_model(
     return check(
         converted, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
     )
+
+
+def _named_verifier(converted: Checkpoint, block: Mapping[str, Any]) -> str:
+    """Return the verifier that a config names; a stranger's config does not choose what is read here."""
+    reference = block.get("verifier")
+    named = reference.get("name_or_path") if isinstance(reference, dict) else None
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
+    trusted = (HubLocation,) if converted.place.local is None else (HubLocation, LocalLocation)
+    if not isinstance(parse(named), trusted):
+        raise CheckpointError(
+            f"the config of {converted.name} names {parse(named).name} as its verifier; "
+            "pass it with --verifier if you trust it"
+        )
+    return _at_its_commit(named, converted)
+
+
+def _at_its_commit(named: str, converted: Checkpoint) -> str:
+    """Add the commit that was converted with, where the output's provenance names it for the same repository."""
+    location = parse(named)
+    if not isinstance(location, HubLocation) or location.revision or not converted.place.has(PROVENANCE_FILE):
+        return named
+    path = converted.place.path(PROVENANCE_FILE)
+    read = read_json(path).get("verifier")
+    if not isinstance(read, dict) or read.get("repository") != location.repository:
+        return named
+    folder = f":{location.path}" if location.path else ""
+    return f"{location.repository}@{read.get('commit')}{folder}"
 
 
 def check(

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import struct
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -154,7 +153,6 @@ class SafetensorsFile:
         self.path = path
         try:
             self._file = path.open("rb")
-            weakref.finalize(self, self._file.close)
             self._header = SafetensorsHeader(path, os.fstat(self._file.fileno()).st_size, self._read)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

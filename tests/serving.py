@@ -53,16 +53,17 @@ class Request:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with responses whose path contains ``path``, so many ``times``, after others.
+    """Something that goes wrong with responses to some requests, so many ``times``, after others.
 
     Attributes:
-        path: Part of the path.
+        path: Part of the requested path with its query; with ``$``, the end of it without.
         times: How often.
         status: Answer with this status instead.
         headers: Headers to change, or to leave out when ``None``.
         cut: Close the connection after this many bytes.
         stall: Send this many bytes and then nothing, until the server ends.
         body: Send this instead, with a length to fit.
+        as_status: Send it with this status.
         skip: How many responses go well before.
         methods: Which requests are meant.
     """
@@ -74,6 +75,7 @@ class Fault:
     cut: int | None = None
     stall: int | None = None
     body: bytes | None = None
+    as_status: int | None = None
     skip: int = 0
     methods: tuple[str, ...] = ("GET",)
 
@@ -284,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is not None:
             status, body, headers = fault.status, b"broken", {}
         if fault.body is not None:
-            body = fault.body
+            status, body = fault.as_status or status, fault.body
         sent: dict[str, str | None] = {"Content-Length": str(len(body)), **headers, **fault.headers}
         self.send_response(status)
         for name, value in sent.items():
@@ -304,12 +306,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.stall is not None:
             self.served.ended.wait(30)
-        if limit < len(body):
+        if limit < len(body) or sent["Content-Length"] is None:
             self.close_connection = True
 
     def fault(self) -> Fault:
         for fault in self.served.faults:
-            if fault.path in self.path and fault.times and self.command in fault.methods:
+            end = fault.path.removesuffix("$")
+            meant = urlsplit(self.path).path.endswith(end) if end != fault.path else end in self.path
+            if meant and fault.times and self.command in fault.methods:
                 if fault.skip:
                     fault.skip -= 1
                     continue

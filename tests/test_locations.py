@@ -49,10 +49,14 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("https://huggingface.co/org/name/blob/main/x.bin?download=true", HubLocation("org/name", "main", "x.bin")),
         ("https://huggingface.co/org/name/resolve/abc/x.safetensors", HubLocation("org/name", "abc", "x.safetensors")),
         ("https://host/base", UrlLocation("https://host/base", "https://host/base")),
-        ("https://u:p%40@host/a?v=1#top", UrlLocation("https://host/a?v=1", "https://host/a?v=1", "u:p@")),
+        ("https://u:p%40@host/a?v=1#top", UrlLocation("https://host/a?v=1", "https://host/a", "u:p@")),
         ("s3://bucket/base", UrlLocation("s3://bucket/base", "s3://bucket/base")),
         ("file:///data/my%20head", LocalLocation(Path("/data/my head"), "/data/my head")),
         ("file://localhost/data", LocalLocation(Path("/data"), "/data")),
+        ("file:/data/head", LocalLocation(Path("/data/head"), "/data/head")),
+        (" org/name ", HubLocation("org/name")),
+        ("C:\\heads\\best", LocalLocation(Path("C:\\heads\\best"), "C:\\heads\\best")),
+        ("C:/heads", LocalLocation(Path("C:/heads"), "C:/heads")),
         ("./org/name", LocalLocation(Path("org/name"), "./org/name")),
         ("/data/head", LocalLocation(Path("/data/head"), "/data/head")),
         ("a/b/c", LocalLocation(Path("a/b/c"), "a/b/c")),
@@ -60,7 +64,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_every_form_has_one_meaning(text: str, expected: Location) -> None:
-    assert parse(text) == replace(expected, **({} if "://" in text else {"bare": True}))
+    assert parse(text) == replace(expected, **({} if ":/" in text and text[1] != ":" else {"bare": True}))
 
 
 def test_what_exists_here_is_local(working_folder: Path) -> None:
@@ -106,12 +110,28 @@ def test_a_mirror_takes_the_place_of_the_hub(text: str, expected: object, monkey
         ("https://huggingface.co/org/name/discussions/3", "is no folder or file of a repository"),
         ("https://huggingface.co/org/name/tree", "names no revision"),
         ("hf://", "expected org/name"),
+        ("org/name@../../x", "expected org/name"),
+        ("org/name@/etc/passwd", "expected org/name"),
+        ("hf://org/name@a%2F..%2F..%2Fb", "expected org/name"),
+        ("https://huggingface.co/org/name/tree/..%2F..%2Fx", "expected org/name"),
+        ("org/name@..\\x", "expected org/name"),
         ("hf://org/name@", "expected org/name"),
         ("org/na--me", "expected org/name"),
         ("org/name:../other", "expected org/name"),
         ("hf://org/name/a/../../b", "expected org/name"),
         ("https://huggingface.co/org/name/tree/main/../x", "expected org/name"),
         ("http://", "names no server"),
+        ("", "'' is no place of a checkpoint; expected a path, a Hugging Face ID or a URL"),
+        (" ", "is no place of a checkpoint"),
+        ("https:/host/x", "'https:/' is no place of a checkpoint; write https://"),
+        ("reference://x/y", "reference:// with another address in it is not read"),
+        ("simplecache::s3://bucket/x", "no place of a checkpoint|not read|expected org/name"),
+        ("org/name@", "is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder"),
+        ("org/name:", "is no Hugging Face ID"),
+        ("org/na\nme", "is no place of a checkpoint"),
+        ("file://", "names no path"),
+        ("https://huggingface.co", "is no page of a repository of models"),
+        ("s3://bucket/x::http://host/y", "with another address in it is not read"),
         ("http://host:port/x", "is no URL"),
         ("http://[::1/x", "is no URL"),
         ("file://other/data", "names the machine 'other'"),
@@ -126,23 +146,60 @@ def test_what_has_no_meaning_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("https://u:p@host:8/a/b?x=1&y=2#z", "https://host:8/a/b?x=1&y=2"),
-        ("https://host/a?X-Amz-Credential=c&X-Amz-Signature=s", "https://host/a"),
-        ("https://host/a?access_token=t&x=1", "https://host/a"),
-        ("https://host/a?sig=abc&se=2026", "https://host/a"),
-        ("https://token@host/a", "https://host/a"),
+        ("https://u:secret@host:8/a/b?x=1&y=2#z", "https://host:8/a/b"),
+        ("https://host/a?X-Amz-Credential=c&X-Amz-Signature=secret", "https://host/a"),
+        ("https://host/a?secret", "https://host/a"),
+        ("https://host/a?sig=secret&se=2026", "https://host/a"),
+        ("https://secret@host/a", "https://host/a"),
+        ("https://host:80/a@b/c", "https://host:80/a@b/c"),
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("sftp://me@host/a", "sftp://me@host/a"),
+        ("hdfs:///user/me/head", "hdfs:///user/me/head"),
+        ("memory:///a", "memory:///a"),
     ],
 )
 def test_secrets_of_an_address_are_not_shown(url: str, shown: str) -> None:
     assert redacted(url) == shown
     assert parse(url).name == shown
-    assert not any(secret in repr(parse(url)) for secret in ("u:p", "secret", "Signature", "token", "sig="))
+    assert "secret" not in repr(parse(url))
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host:port/x", "http://user:secret@[::1/x?token=secret"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@host:port/x",
+        "http://user:secret@[::1/x?token=secret",
+        "s3://key:se/cret-secret@bucket/x",
+        "http://user:secret#x@host/x",
+        "http://user:secret/@host/x",
+        "http:/user:secret@host/x",
+        "file://user:secret@host/x",
+        "hf://user:secret@-org/name",
+        "hf://datasets/x?secret",
+        "zip://x::s3://key:secret@bucket/x.zip",
+    ],
+)
 def test_not_even_of_one_that_cannot_be_read(url: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(url)
 
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "nonsense", "ftp://host", "http://"])
+def test_an_endpoint_that_is_no_address_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+
+    with pytest.raises(CheckpointError, match=f"HF_ENDPOINT is '{endpoint}'; expected an address such as https"):
+        parse("org/name")
+
+
+def test_a_password_of_the_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@mirror")
+
+    found = parse("org/name")
+
+    assert isinstance(found, HubLocation)
+    assert (found.hub, found.page) == ("http://mirror", "http://mirror/org/name")
+    assert "secret" not in repr(found)

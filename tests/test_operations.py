@@ -140,7 +140,7 @@ def test_the_user_is_told_what_became_of_every_tensor(
     assert result.reworked == reworked
     assert result.completed == completed
     assert result.renamed.keys() | result.reworked.keys() | result.dropped.keys() == tensors.keys()
-    assert printed in describe("in", result)
+    assert printed in describe(result)
 
 
 def test_parity_finds_an_error_behind_a_module_that_training_code_fuses(install: Install, tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ def test_a_changed_file_is_not_taken_for_the_old_one(
     assert weights(tmp_path / "out") != before
 
 
+NO_VERSION = pytest.mark.filterwarnings("ignore:.*does not say when a file changes")
+
+
+@NO_VERSION
 def test_what_has_no_version_is_fetched_each_time(
     site: Server, convert: Convert, tmp_path: Path, variant: Copy
 ) -> None:
@@ -143,15 +147,77 @@ def test_what_has_no_version_is_fetched_each_time(
     convert(self_contained=True)
     before = weights(tmp_path / "out")
     other = variant("eagle3", tensors={"norm.weight": torch.ones(128)}, layout="bin")
-    (tmp_path / "site" / "eagle3" / "pytorch_model.bin").write_bytes((other / "pytorch_model.bin").read_bytes())
-    for place in ("verifier", "eagle3"):
-        assert (tmp_path / "site" / place).is_dir()
+    shutil.copy(other / "pytorch_model.bin", tmp_path / "site" / "eagle3")
 
     convert(self_contained=True)
 
     assert weights(tmp_path / "out") != before
     convert(self_contained=True, offline=True, out="again")
-    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_of_what_has_no_version_no_parts_are_read(site: Server, convert: Convert, tmp_path: Path, local: bytes) -> None:
+    site.etags = False
+
+    with pytest.warns(UserWarning, match=r"a server that does not say when a file changes; all of 5 MB is downloaded"):
+        convert(self_contained=True)
+
+    assert weights(tmp_path / "out") == local
+
+
+@NO_VERSION
+def test_what_has_no_version_is_not_continued(site: Server, convert: Convert, tmp_path: Path, local: bytes) -> None:
+    site.etags = False
+    site.faults.append(Fault("pytorch_model.bin$", cut=100_000, skip=1))
+
+    convert(self_contained=True)
+
+    asked = [request.range for request in site.asked("pytorch_model.bin") if "index" not in request.path]
+    assert asked == ["bytes=0-0", None, None]
+    assert weights(tmp_path / "out") == local
+
+
+def test_a_file_that_came_without_its_length_is_fetched_each_time(
+    site: Server, convert: Convert, tmp_path: Path
+) -> None:
+    """Nothing tells a whole one from one whose connection was closed early."""
+    site.ranges = False
+    closing: dict[str, str | None] = {"Content-Length": None, "Connection": "close"}
+    site.faults += [
+        Fault("pytorch_model.bin$", headers=closing),
+        Fault("pytorch_model.bin$", headers=closing, cut=100_000),
+        Fault("pytorch_model.bin$", headers=closing, times=99),
+    ]
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged"):
+        convert(verifier=VERIFIER)
+
+    assert convert(verifier=VERIFIER).algorithm == "eagle3"
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_many_programs_at_once_share_the_cache(etags: bool, site: Server, tmp_path: Path) -> None:
+    site.etags = etags
+    command = [sys.executable, "-m", "speculators", "convert", f"{site.url}/files/eagle3"]
+    command += ["--verifier", f"{site.url}/files/verifier", "--self-contained", "--no-validate"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--output-path"]
+    running = [subprocess.Popen([*command, str(tmp_path / f"out{number}")]) for number in range(3)]
+
+    assert [each.wait(60) for each in running] == [0, 0, 0]
+
+    assert weights(tmp_path / "out0") == weights(tmp_path / "out1") == weights(tmp_path / "out2")
+
+
+def test_offline_never_mixes_what_two_runs_saw(site: Server, convert: Convert, tmp_path: Path, variant: Copy) -> None:
+    convert()
+    other = variant("eagle3", config={"rms_norm_eps": 0.5}, tensors={"norm.weight": torch.ones(128)}, layout="bin")
+    for file in other.iterdir():
+        shutil.copy(file, tmp_path / "site" / "eagle3")
+    site.faults.append(Fault("pytorch_model.bin$", times=99, status=503))
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        convert()
+
+    with pytest.raises(CheckpointError, match=r"is not in the cache, and offline nothing can be fetched"):
+        convert(offline=True)
 
 
 def test_a_cached_conversion_needs_no_server(site: Server, convert: Convert, tmp_path: Path) -> None:
@@ -171,7 +237,7 @@ def test_offline_it_is_said_what_the_cache_has(site: Server, convert: Convert, t
         convert(offline=True)
     convert()
 
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: bytes 0 to 65536 are not in the cache.*run once"):
+    with pytest.raises(CheckpointError, match=r"verifier/model\.safetensors is not in the cache.*has config\.json"):
         convert(offline=True, self_contained=True)
 
 
@@ -194,11 +260,11 @@ def test_a_server_without_ranges_is_read_whole_and_that_is_said(
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(Fault("pytorch_model.bin", cut=100_000, skip=1), id="cut in the middle"),
-        pytest.param(Fault("pytorch_model.bin", stall=200_000, skip=1), id="stalled"),
-        pytest.param(Fault("pytorch_model.bin", status=503, times=2), id="unavailable"),
-        pytest.param(Fault("model.safetensors", cut=20, skip=1), id="a cut part"),
-        pytest.param(Fault("config.json", cut=0, skip=1), id="a cut config"),
+        pytest.param(Fault("pytorch_model.bin$", cut=100_000, skip=1), id="cut in the middle"),
+        pytest.param(Fault("pytorch_model.bin$", stall=200_000, skip=1), id="stalled"),
+        pytest.param(Fault("pytorch_model.bin$", status=503, times=2), id="unavailable"),
+        pytest.param(Fault("model.safetensors$", cut=20, skip=1), id="a cut part"),
+        pytest.param(Fault("config.json$", cut=0, skip=1), id="a cut config"),
     ],
 )
 @pytest.mark.parametrize("ranges", [True, False])
@@ -226,27 +292,29 @@ def test_a_passing_fault_is_waited_out(
     ("fault", "message"),
     [
         pytest.param(
-            Fault("pytorch_model.bin", times=99, status=500),
+            Fault("pytorch_model.bin$", times=99, status=500),
             r"pytorch_model\.bin cannot be reached \(status 500",
             id="broken",
         ),
         pytest.param(
-            Fault("config.json", times=99, cut=0, skip=1), r"config\.json: the connection was lost", id="lost"
+            Fault("config.json$", times=99, cut=0, skip=1), r"config\.json: the connection was lost", id="lost"
         ),
         pytest.param(
-            Fault("pytorch_model.bin", status=403), r"the server refuses it \(status 403\); put user", id="refused"
+            Fault("pytorch_model.bin$", status=403), r"the server refuses it \(status 403\); put user", id="refused"
         ),
-        pytest.param(Fault("pytorch_model.bin", status=418), r"answers with status 418; expected 200 or 206", id="odd"),
         pytest.param(
-            Fault("pytorch_model.bin", headers={"Content-Range": f"bytes 0-0/{SIZE + 9}"}),
+            Fault("pytorch_model.bin$", status=418), r"answers with status 418; expected 200 or 206", id="odd"
+        ),
+        pytest.param(
+            Fault("pytorch_model.bin$", headers={"Content-Range": f"bytes 0-0/{SIZE + 9}"}),
             r"was changed on the server",
             id="wrong length",
         ),
         pytest.param(
-            Fault("pytorch_model.bin", headers={"ETag": '"old"'}), r"was changed on the server while", id="changed"
+            Fault("pytorch_model.bin$", headers={"ETag": '"old"'}), r"was changed on the server while", id="changed"
         ),
         pytest.param(
-            Fault("pytorch_model.bin", body=b"x", times=99, headers={"Content-Range": f"bytes 0-0/{SIZE}"}, skip=1),
+            Fault("pytorch_model.bin$", body=b"x", times=99, headers={"Content-Range": f"bytes 0-0/{SIZE}"}, skip=1),
             r"the server sent another part|connection was lost",
             id="truncated",
         ),
@@ -365,15 +433,140 @@ def test_a_missing_driver_is_named(place: str, message: str, convert: Convert) -
 def test_a_converted_model_on_a_server_is_validated_there(site: Server, convert: Convert, tmp_path: Path) -> None:
     convert()
     shutil.copytree(tmp_path / "out", tmp_path / "site" / "converted")
-    cache = tmp_path / "cache"
+    place, base, cache = f"{site.url}/files/converted", f"{site.url}/files/verifier", tmp_path / "cache"
+    prompts = [list(range(1, 9))]
 
-    report = validate_model(f"{site.url}/files/converted", source=f"{site.url}/files/eagle3", cache_dir=cache)
-    measured = validate_model(
-        f"{site.url}/files/converted", level="acceptance", prompts=[list(range(1, 9))], cache_dir=cache
-    )
+    report = validate_model(place, verifier=base, source=f"{site.url}/files/eagle3", cache_dir=cache)
+    measured = validate_model(place, verifier=base, level="acceptance", prompts=prompts, cache_dir=cache)
 
     assert report.passed
     assert measured.acceptance is not None
+
+
+@pytest.mark.parametrize("named", ["http://127.0.0.1:1/secret", "/etc", "org/name", "s3://bucket/x", None, 3])
+def test_a_strangers_config_does_not_choose_what_is_read(
+    named: object, site: Server, convert: Convert, tmp_path: Path
+) -> None:
+    convert()
+    shutil.copytree(tmp_path / "out", tmp_path / "site" / "converted")
+    path = tmp_path / "site" / "converted" / "config.json"
+    config = json.loads(path.read_text())
+    config["speculators_config"]["verifier"]["name_or_path"] = named
+    path.write_text(json.dumps(config))
+    expected = "pass it with --verifier if you trust|the Hub at http://127.0.0.1:9 cannot be reached|names no verifier"
+
+    with pytest.raises(CheckpointError, match=expected):
+        validate_model(f"{site.url}/files/converted", cache_dir=tmp_path / "cache")
+
+
+def test_no_address_in_the_log_shows_its_secrets(
+    site: Server, convert: Convert, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        convert(f"{site.url}/files/eagle3?token=s3cret", f"{site.url}/files/verifier?token=s3cret")
+
+    assert "pytorch_model.bin" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_a_page_of_html_is_no_file(site: Server, convert: Convert) -> None:
+    """Some servers answer 200 with a page to whatever they do not have."""
+    page: dict[str, str | None] = {"Content-Type": "text/html"}
+    site.faults = [
+        Fault(f"eagle3/model.safetensors{end}$", times=99, body=b"<!doctype html>", as_status=200, headers=page)
+        for end in (".index.json", "")
+    ]
+
+    assert convert().algorithm == "eagle3"
+
+
+@pytest.mark.parametrize("name", ["%2Ftmp%2Fx.bin", "..%2F..%2Fx.bin", "..%5Cx.bin", "a%00.bin", f"{'x' * 300}.bin"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, site: Server, convert: Convert) -> None:
+    with pytest.raises(CheckpointError, match=r"names no file"):
+        convert(f"{site.url}/files/eagle3/{name}")
+
+
+@pytest.mark.parametrize("file", ["config.json", "pytorch_model.bin"])
+def test_a_body_without_end_is_cut_off(
+    file: str, site: Server, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MOST_JSON", 1000)
+    site.ranges = False
+    endless: dict[str, str | None] = {"Content-Length": None, "Connection": "close"}
+    site.faults.append(Fault(f"{file}$", body=b"x" * 10_000_000, times=99, headers=endless, skip=1))
+
+    with pytest.raises(CheckpointError, match=rf"{file}: more than \d+ bytes arrived, which it cannot have"):
+        convert()
+
+
+def test_a_server_that_stops_sending_parts_is_read_whole(
+    site: Server, convert: Convert, tmp_path: Path, local: bytes
+) -> None:
+    whole = (VERIFIER / "model.safetensors").read_bytes()
+    site.faults.append(
+        Fault("model.safetensors$", times=2, body=whole, headers={"Content-Range": None}, skip=2, as_status=200)
+    )
+
+    with pytest.warns(UserWarning, match="sends whole files only"):
+        convert(self_contained=True)
+
+    assert weights(tmp_path / "out") == local
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "verifier/model.safetensors"])
+def test_what_vanishes_while_it_is_read_is_said(name: str, site: Server, convert: Convert) -> None:
+    site.faults = [Fault(f"{name}$", status=404, skip=1, times=99)]
+
+    with pytest.raises(CheckpointError, match=rf"{name} was removed from the server while it was read"):
+        convert(self_contained=True)
+
+
+@pytest.mark.parametrize("status", [403, 404, 418, 522])
+def test_what_arrived_is_kept_whatever_comes_next(
+    status: int, site: Server, convert: Convert, tmp_path: Path, local: bytes
+) -> None:
+    refused = Fault("pytorch_model.bin$", status=status, times=6, skip=1)
+    site.faults += [Fault("pytorch_model.bin$", cut=100_000, skip=1), refused]
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        convert()
+    site.faults.clear()
+    site.requests.clear()
+
+    convert(self_contained=True)
+
+    start = 0 if status == 404 else 100_000
+    assert [each for each in site.asked("pytorch_model.bin") if "index" not in each.path][
+        -1
+    ].range == f"bytes={start}-{SIZE - 1}"
+    assert weights(tmp_path / "out") == local
+
+
+def test_a_cache_that_cannot_be_written_but_has_all_is_enough(
+    site: Server, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(self_contained=True, validate=True)
+
+    def refuse(*_: object) -> None:
+        raise CheckpointError("the cache cannot be written")
+
+    monkeypatch.setattr(remote, "keep", refuse)
+    convert(self_contained=True, validate=True, out="again")
+
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_no_command_repeats_a_password(site: Server, tmp_path: Path) -> None:
+    site.users["files"] = "me:s3cret"
+    address = f"{site.url.replace('://', '://me:s3cret@')}/files/eagle3"
+    reach = ["--cache-dir", str(tmp_path / "cache"), "--output-path", str(tmp_path / "out")]
+
+    good = CliRunner().invoke(cli, ["convert", address, "--verifier", str(VERIFIER), *reach])
+    wrong = CliRunner().invoke(cli, ["convert", "x", address, *reach])
+
+    assert (good.exit_code, wrong.exit_code) == (0, 2)
+    assert f"Converted {site.url}/files/eagle3 with eagle3" in good.output
+    assert "Got unexpected extra argument" in wrong.output
+    assert "s3cret" not in good.output + wrong.output
 
 
 def test_the_command_says_what_is_wrong_with_an_address(tmp_path: Path) -> None:

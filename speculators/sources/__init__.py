@@ -75,7 +75,7 @@ def _at_url(location: UrlLocation, access: Access, *, partly: bool, suffixes: Co
     def driver() -> Driver:
         from speculators.sources.filesystems import Driver
 
-        return Driver(url, name, location.user)
+        return Driver(url, name)
 
     web = location.scheme in ("http", "https")
     return UrlFolder(

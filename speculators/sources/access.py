@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from speculators.errors import CheckpointError
 from speculators.progress import Progress, unheard
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
@@ -27,6 +29,20 @@ class Access:
     cache_dir: str | Path | None = None
     offline: bool | None = None
     progress: Progress = unheard
+
+    @property
+    def hub_token(self) -> str | bool:
+        """The token for the Hub; ``False`` if there is none.
+
+        Raises:
+            CheckpointError: It holds characters that no token has.
+        """
+        from huggingface_hub import get_token
+
+        token = (self.token or get_token() or "").strip()
+        if not re.fullmatch(r"[!-~]*", token):
+            raise CheckpointError("the token for the Hub holds characters that no token has; copy it again")
+        return token or False
 
     @property
     def is_offline(self) -> bool:

@@ -8,15 +8,17 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache as cache_calls
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
-from speculators.sources.locations import LocalLocation
+from speculators.sources.locations import LocalLocation, is_inside, redacted
 from speculators.sources.remote import (
     NoRangesError,
     NotFoundError,
@@ -26,7 +28,8 @@ from speculators.sources.remote import (
     Stat,
     UnreachableError,
     download,
-    keep,
+    download_anew,
+    note,
     patiently,
 )
 from speculators.weights import WeightFile
@@ -140,27 +143,30 @@ class LocalFolder:
         return {"folder": self._folder.absolute().name} | ({"file": self.file} if self.file else {})
 
 
-def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], Path], opener: Opener) -> WeightFile:
+def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], WeightFile]) -> WeightFile:
     """Open a remote safetensors file for parts of it, or whole where the server sends nothing less.
 
     Args:
         file: The transport.
         stat: What the server says about it.
         kept: Where its parts are kept.
-        whole: Fetches all of it.
-        opener: Opens it then.
+        whole: Fetches all of it and opens it.
     """
-    try:
-        if not stat.ranges or stat.size is None:
-            raise NoRangesError(file.name)
-        return RemoteSafetensors(Pieces(file, file.name, kept), stat.size)
-    except NoRangesError:
+
+    def give_up() -> WeightFile:
         size = "" if stat.size is None else f" of {stat.size / 1e6:.0f} MB"
+        why = "sends whole files only" if stat.version else "does not say when a file changes"
         warnings.warn(
-            f"{file.name} is on a server that sends whole files only; all{size} is downloaded although less is needed",
-            stacklevel=2,
+            f"{file.name} is on a server that {why}; all{size} is downloaded although less is needed", stacklevel=2
         )
-        return opener(whole())
+        return whole()
+
+    if not stat.ranges or stat.size is None or stat.version is None:
+        return give_up()
+    try:
+        return RemoteSafetensors(Pieces(file, file.name, kept), stat.size, give_up)
+    except NoRangesError:
+        return give_up()
 
 
 class UrlFolder:
@@ -195,6 +201,7 @@ class UrlFolder:
         self._access = access
         self._partly = partly
         self._stats: dict[str, Stat | None] = {}
+        self._listed: Collection[str] | None = None
         self._paths: dict[str, Path] = {}
         self._read: set[str] = set()
 
@@ -214,42 +221,38 @@ class UrlFolder:
 
     def listing(self) -> Collection[str]:
         """Return the names that the server lists, or those that it was asked for and has."""
-        noted = self._cache / "listing.json"
-        listed: Collection[str] = ()
-        if not self._access.is_offline:
-            if listed := self._list():
-                keep(noted, json.dumps(sorted(listed)).encode())
-        elif noted.exists():
-            listed = json.loads(noted.read_bytes())
-        return sorted(listed or (name for name, stat in self._stats.items() if stat))
+        if self._listed is None:
+            self._listed = self._noted.listing if self._access.is_offline else self._list()
+            self._note()
+        return sorted(self._listed or (name for name, stat in self._stats.items() if stat))
 
     def path(self, name: str) -> Path:
         """Return where a file is kept, fetched first unless the same version is here."""
         if name not in self._paths:
             stat = self._required(name)
-            target = self._version(name, stat) / name
             if self._access.is_offline:
-                if not target.exists():
+                if not self._place(name, stat).exists():
                     raise self._not_cached(name)
+            elif stat.version is None or stat.size is None:
+                version = download_anew(self._remote(name), stat, self._cache / name, progress=self._access.progress)
+                stat = self._stats[name] = replace(stat, version=f"sha256 {version}")
             else:
-                if stat.version is None:
-                    target.unlink(missing_ok=True)  # nothing tells whether it is still the same
-                download(self._remote(name), stat, target, progress=self._access.progress)
-            self._paths[name] = target
+                download(self._remote(name), stat, self._place(name, stat), progress=self._access.progress)
+            self._paths[name] = self._place(name, stat)
+            self._note()
         return self._paths[name]
 
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file, in parts where that was asked for and the format allows it."""
         stat = self._required(name)
-        whole, kept = self._version(name, stat) / name, self._version(name, stat) / "pieces"
-        here = whole.exists() and (stat.version is not None or self._access.is_offline)
-        if here or not self._partly or not name.endswith(".safetensors"):
+        place = self._place(name, stat)
+        if name in self._paths or place.exists() or not self._partly or not name.endswith(".safetensors"):
             return opener(self.path(name))
+        kept = place.with_name("pieces")
         if self._access.is_offline:
             return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size or 0)
-        if stat.version is None:
-            shutil.rmtree(kept, ignore_errors=True)
-        return open_partly(self._remote(name), stat, kept, lambda: self.path(name), opener)
+        self._note()
+        return open_partly(self._remote(name), stat, kept, lambda: opener(self.path(name)))
 
     @contextmanager
     def gathered(self, names: Collection[str]) -> Iterator[Path]:
@@ -282,32 +285,47 @@ class UrlFolder:
         return self._stats[name]
 
     def _asked(self, name: str) -> Stat | None:
-        stat = None
         try:
-            with suppress(NotFoundError):
-                stat = patiently(self._remote(name))
+            return patiently(self._remote(name))
+        except NotFoundError:
+            return None
         except UnreachableError as error:
-            if self._noted():
+            if self._noted.files:
                 raise UnreachableError(f"{error}; --offline takes what the cache has of it") from error
             raise
-        keep(self._note(name), json.dumps(stat and vars(stat)).encode())
-        return stat
 
     def _known(self, name: str) -> Stat | None:
+        if name not in self._noted.files:
+            raise self._not_cached(name)
+        return self._noted.files[name]
+
+    @cached_property
+    def _noted(self) -> Noted:
+        """What earlier runs learnt about the folder, all of it at one time."""
         try:
-            noted = json.loads(self._note(name).read_bytes())
-            return None if noted is None else Stat(**noted)
-        except (OSError, ValueError, TypeError):
-            raise self._not_cached(name) from None
+            content = json.loads((self._cache / "known.json").read_bytes())
+            files = {name: None if stat is None else Stat(**stat) for name, stat in content["files"].items()}
+            return Noted(files, content["listing"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return Noted({}, [])
 
-    def _note(self, name: str) -> Path:
-        return self._cache / "known" / f"{name}.json"
+    def _note(self) -> None:
+        """Note what this run learnt; what earlier ones did, unless anything has changed since."""
+        if self._access.is_offline:
+            return
+        known = {name: stat for name, stat in self._stats.items() if stat is None or stat.version is not None}
+        earlier = self._noted
+        if all(earlier.files[name] == stat for name, stat in known.items() if name in earlier.files):
+            known = {**earlier.files, **known}
+        files = {name: None if stat is None else vars(stat) for name, stat in sorted(known.items())}
+        content = {"files": files, "listing": sorted(self._listed or earlier.listing)}
+        note(self._cache / "known.json", json.dumps(content).encode())
 
-    def _noted(self) -> list[str]:
-        return sorted(path.name.removesuffix(".json") for path in (self._cache / "known").glob("*.json"))
-
-    def _version(self, name: str, stat: Stat) -> Path:
-        return self._cache / name / hashlib.sha256(f"{stat.version}\n{stat.size}".encode()).hexdigest()[:16]
+    def _place(self, name: str, stat: Stat) -> Path:
+        version = stat.version or ""
+        if version.startswith("sha256 "):
+            return self._cache / name / version.removeprefix("sha256 ") / name
+        return self._cache / name / hashlib.sha256(f"{version}\n{stat.size}".encode()).hexdigest()[:16] / name
 
     def _not_cached(self, name: str) -> CheckpointError:
         files = ", ".join(file.name for file in sorted(self._cache.glob("*/*/*")) if file.is_file())
@@ -317,14 +335,36 @@ class UrlFolder:
         )
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What is known of a folder on a server.
+
+    Attributes:
+        files: Name → what the server said, ``None`` where it has no such file.
+        listing: The names that it lists, if it does.
+    """
+
+    files: Mapping[str, Stat | None]
+    listing: Collection[str]
+
+
 def split_url(url: str, suffixes: Collection[str]) -> tuple[str, str | None]:
-    """Return the folder that a URL means, and the weight file if it names one."""
-    parts = urlsplit(url)
-    path = parts.path.rstrip("/")
-    folder, _, last = path.rpartition("/")
-    if last.endswith(tuple(suffixes)):
-        return urlunsplit(parts._replace(path=folder)), unquote(last)
-    return urlunsplit(parts._replace(path=path)), None
+    """Return the folder that a URL means, and the weight file if it names one.
+
+    Raises:
+        CheckpointError: The file's name could lead elsewhere.
+    """
+    address, mark, query = url.partition("?")
+    address = address.rstrip("/")
+    folder, _, last = address.rpartition("/")
+    if last == "config.json":
+        return f"{folder}{mark}{query}", None
+    if not last.endswith(tuple(suffixes)):
+        return f"{address}{mark}{query}", None
+    name = unquote(last)
+    if "/" in name or not is_inside(name):
+        raise CheckpointError(f"{redacted(url)} names no file: {name!r} is no name of one")
+    return f"{folder}{mark}{query}", name
 
 
 def below(folder: str, name: str) -> str:

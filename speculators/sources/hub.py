@@ -13,15 +13,17 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from speculators import __version__
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
 from speculators.sources.folders import Opener, open_partly
-from speculators.sources.locations import HubLocation
+from speculators.sources.locations import HubLocation, is_inside
 from speculators.sources.remote import (
     FIRST_RETRIES,
     NotFoundError,
@@ -31,12 +33,12 @@ from speculators.sources.remote import (
     TransientError,
     UnreachableError,
     download,
-    keep,
+    note,
     patiently,
     pause,
     storing,
 )
-from speculators.sources.web import TIMEOUT, WebFile, http_error, reason
+from speculators.sources.web import PASSING, TIMEOUT, WebFile, asked_pause, http_error, reason
 from speculators.weights import WeightFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -68,7 +70,8 @@ class HubFolder:
         self._suffixes = tuple(suffixes)
         self._storage = access.hub_cache / _storage_name(location)
         self._certain = True
-        self.commit, files = self._cached() if access.is_offline else self._asked()
+        self._away = access.is_offline
+        self.commit, files = self._cached() if self._away else self._asked()
         inside, self.file = location.path, None
         if inside in files and inside.endswith(self._suffixes):
             inside, _, self.file = inside.rpartition("/")
@@ -107,11 +110,14 @@ class HubFolder:
         if not self.has(name):
             raise FileNotFoundError(name)
         kept = self._snapshot / f"{self._inside}{name}"
-        if kept.exists():
+        if self._away:
+            if not kept.exists():
+                raise self._not_cached(name)
             return kept
-        if self._access.is_offline:
-            raise self._not_cached(name)
-        return self._fetch(f"{self._inside}{name}")
+        if not kept.exists():
+            kept = self._fetch(f"{self._inside}{name}")
+        self._refer()
+        return kept
 
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file, in parts where that was asked for and the format allows it."""
@@ -120,19 +126,21 @@ class HubFolder:
             return opener(self.path(name))
         inside = f"{self._inside}{name}"
         kept = self._access.own_cache / "hub" / self._storage.name / self.commit / inside
-        if self._access.is_offline:
-            size = next((int(path.name) for path in kept.glob("size/*")), None)
-            if size is None:
-                raise self._not_cached(name)
-            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), size)
-        file = self._web(inside)
+        size = next((int(path.name) for path in kept.glob("size/[0-9]*")), None)
+        if size is None and self._away:
+            raise self._not_cached(name)
+        file = self._web(inside, size)
+        if size is not None:
+            pieces = Pieces(None if self._away else file, file.name, kept)
+            return RemoteSafetensors(pieces, size, lambda: opener(self.path(name)))
         try:
             stat = patiently(file)
         except NotFoundError:
             raise CheckpointError(f"{self.name} has no {name}") from None
         if stat.ranges and stat.size is not None:
-            keep(kept / "size" / str(stat.size), b"")
-        return open_partly(file, stat, kept, lambda: self.path(name), opener)
+            note(kept / "size" / str(stat.size), b"")
+        pinned = replace(stat, version=self.commit)
+        return open_partly(file, pinned, kept, lambda: opener(self.path(name)))
 
     @contextmanager
     def gathered(self, names: Collection[str]) -> Iterator[Path]:
@@ -144,8 +152,8 @@ class HubFolder:
     @property
     def reference(self) -> str:
         """The repository, which engines load from its main branch."""
-        path = self._location.path
-        return f"{self._location.repository}{f':{path}' if path else ''}"
+        inside = self._inside.rstrip("/")
+        return f"{self._location.repository}{f':{inside}' if inside else ''}"
 
     @property
     def identity(self) -> Mapping[str, object]:
@@ -159,9 +167,7 @@ class HubFolder:
 
     @cached_property
     def _token(self) -> str | bool:
-        from huggingface_hub import get_token
-
-        return self._access.token or get_token() or False
+        return self._access.hub_token
 
     def _asked(self) -> tuple[str, list[str]]:
         """Ask the Hub for the commit and its files; where it cannot be reached, take what is cached."""
@@ -180,12 +186,13 @@ class HubFolder:
                 commit, files = self._cached()
             except CheckpointError as nothing:
                 raise UnreachableError(f"{error}, and {nothing}") from error
+            self._away = True
             warnings.warn(f"{error}; the cached commit {commit} is used", stacklevel=2)
             return commit, files
-        if not info.sha:
-            raise CheckpointError(f"{location.endpoint} names no commit of {self.name}; is it a Hub?")
-        files = sorted(each.rfilename for each in info.siblings or ())
-        keep(self._listed_in(info.sha), json.dumps(files).encode())
+        if not _COMMIT.fullmatch(info.sha or ""):
+            raise CheckpointError(f"{location.hub} names no commit of {self.name}; is it a Hub?")
+        files = sorted(each.rfilename for each in info.siblings or () if is_inside(each.rfilename))
+        note(self._listed_in(info.sha), json.dumps(files).encode())
         return info.sha, files
 
     def _listed_in(self, commit: str) -> Path:
@@ -197,7 +204,9 @@ class HubFolder:
         commit = revision
         if not _COMMIT.fullmatch(revision):
             reference = self._storage / "refs" / revision
-            commit = reference.read_text().strip() if reference.is_file() else ""
+            commit = reference.read_text(errors="replace").strip() if reference.is_file() else ""
+            if not _COMMIT.fullmatch(commit):
+                commit = ""
         files: list[str] = []
         if commit:
             with suppress(OSError, ValueError):
@@ -218,13 +227,13 @@ class HubFolder:
         names = [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()]
         names += [path.name for path in snapshots.glob("*")]
         has = f" (of it the cache has {_listed(sorted(names))})" if names else ""
-        return f"{has}; run once without --offline" if self._access.is_offline else has
+        return f"{has}; run once without --offline" if self._away else has
 
     def _not_cached(self, name: str) -> CheckpointError:
         files = [each.relative_to(self._snapshot).as_posix() for each in self._snapshot.rglob("*") if each.is_file()]
         return CheckpointError(
             f"{self.name} at commit {self.commit}: {name} is not in the cache {self._access.hub_cache}, and offline "
-            f"nothing can be fetched (it has {_listed(sorted(files)) or 'nothing'}); run once without --offline"
+            f"nothing can be fetched (it has {_listed(sorted(files)) or 'nothing'}); run once with the Hub in reach"
         )
 
     def _fetch(self, inside: str) -> Path:
@@ -236,8 +245,8 @@ class HubFolder:
         common |= {"library_name": "speculators", "library_version": __version__}
         url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
         told = self._patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT, **common))
-        if told.etag is None or "/" in told.etag:
-            raise CheckpointError(f"{location.endpoint} gives {inside} of {self.name} no ETag; is it a Hub?")
+        if told.etag is None or not re.fullmatch(r"[\w-][\w.+=-]{0,199}", told.etag, re.ASCII):
+            raise CheckpointError(f"{location.hub} gives {inside} of {self.name} no ETag; is it a Hub?")
         blob = self._storage / "blobs" / told.etag
         with storing(blob, told.size):
             if not blob.exists():
@@ -248,7 +257,6 @@ class HubFolder:
                     check=lambda path: _is(path, told.etag or ""),
                     progress=self._access.progress,
                 )
-            self._refer()
             registered = self._patiently(
                 lambda: hub.hf_hub_download(
                     location.repository, inside, revision=self.commit, cache_dir=cache, etag_timeout=TIMEOUT, **common
@@ -261,16 +269,16 @@ class HubFolder:
         revision = self._location.revision or "main"
         if not _COMMIT.fullmatch(revision):
             reference = self._storage / "refs" / revision
-            keep(reference, self.commit.encode())
+            note(reference, self.commit.encode())
 
-    def _web(self, inside: str) -> WebFile:
+    def _web(self, inside: str, size: int | None = None) -> WebFile:
         import huggingface_hub as hub
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # documented nevertheless
 
         location = self._location
         url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
         headers = build_hf_headers(token=self._token, library_name="speculators", library_version=__version__)
-        return WebFile(url, f"{self.name}/{inside}", headers, self._refusal)
+        return WebFile(url, f"{self.name}/{inside}", headers, self._refusal, pinned=True, size=size)
 
     @property
     def _refusal(self) -> str:
@@ -285,8 +293,8 @@ class HubFolder:
             except TransientError as error:
                 if tries >= FIRST_RETRIES:
                     raise UnreachableError(
-                        f"the Hub at {self._location.endpoint} cannot be reached ({error}), also in {FIRST_RETRIES} "
-                        "more attempts"
+                        f"the Hub at {self._location.hub} cannot be reached ({error}), also in {FIRST_RETRIES} "
+                        "more attempts; check the network"
                     ) from error
                 tries = pause(tries, error)
 
@@ -309,7 +317,7 @@ class HubFolder:
             here = "; there is no folder of this name here either" if location.bare else ""
             token = "" if self._token else ", or pass a token with --token, HF_TOKEN or hf auth login"
             raise CheckpointError(
-                f"{location.endpoint} has no repository {name}, or it is private and not to be seen "
+                f"{location.hub} has no repository {name}, or it is private and not to be seen "
                 f"{'with this token' if self._token else 'without a token'}{here}; check the name{token}"
             ) from error
         except errors.EntryNotFoundError as error:
@@ -319,17 +327,21 @@ class HubFolder:
         except errors.HFValidationError as error:
             raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from error
         except (http_error(), ConnectionError) as error:
-            raise TransientError(reason(error)) from error
+            raise TransientError(reason(error)) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{location.hub} does not answer like a Hub when asked for {name}") from error
 
     def _refused(self, error: Any) -> Exception:
         status = error.response.status_code
         if status == 401:
-            return CheckpointError(f"{self._location.endpoint} does not accept the token (status 401); {self._refusal}")
+            return CheckpointError(f"{self._location.hub} does not accept the token (status 401); {self._refusal}")
         if status == 403:
             return CheckpointError(f"{self.name} may not be read with this token (status 403); {self._refusal}")
-        if status in (408, 425, 429) or status >= 500:
-            return TransientError(f"status {status}")
-        return CheckpointError(f"{self._location.endpoint} answers with status {status} when asked for {self.name}")
+        if status in PASSING or status >= 500:
+            return TransientError(f"status {status}", asked_pause(error.response))
+        return CheckpointError(
+            f"{self._location.hub} answers with status {status} when asked for {self.name}; is HF_ENDPOINT right?"
+        )
 
     def _revisions(self) -> str:
         """Say which revisions there are, if that can be learnt."""
@@ -349,14 +361,19 @@ def is_known(location: HubLocation, access: Access) -> bool:
         return True
     if access.is_offline:
         return False
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    try:
-        api = HfApi(endpoint=location.endpoint, token=access.token or get_token() or False)
-        api.model_info(location.repository, timeout=LOOK)
-    except Exception:  # noqa: BLE001 - then nobody can have meant it
-        return False
-    return True
+    found: list[object] = []
+
+    def look() -> None:
+        with suppress(Exception):  # then nobody can have meant it
+            api = HfApi(endpoint=location.endpoint, token=access.hub_token)
+            found.append(api.model_info(location.repository, timeout=LOOK))
+
+    looking = Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(LOOK)
+    return bool(found)
 
 
 def _storage_name(location: HubLocation) -> str:
@@ -369,14 +386,19 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _is(path: Path, etag: str) -> bool:
-    """Compare a file with the Hub's ETag, the SHA-256 of a large file and git's hash of a small one."""
+    """Compare a file with its ETag: the SHA-256 of a large file, git's hash of a small one.
+
+    Mirrors may name the plain SHA-1 of a small one. What has another form is no checksum.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", etag):
+        digests = [hashlib.sha256()]
+    elif re.fullmatch(r"[0-9a-f]{40}", etag):
+        of_git = f"blob {path.stat().st_size}\0".encode()
+        digests = [hashlib.sha1(start, usedforsecurity=False) for start in (of_git, b"")]
+    else:
+        return True
     with path.open("rb") as file:
-        if re.fullmatch(r"[0-9a-f]{64}", etag):
-            digest = hashlib.sha256()
-        elif re.fullmatch(r"[0-9a-f]{40}", etag):
-            digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-        else:
-            return True
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == etag
+            for digest in digests:
+                digest.update(chunk)
+    return any(digest.hexdigest() == etag for digest in digests)

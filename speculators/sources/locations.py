@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from speculators.errors import CheckpointError
 
@@ -29,16 +29,29 @@ HUB = "https://huggingface.co"
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_HALF_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+"""A scheme that lacks a slash; one letter and a colon are a drive."""
+
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?"
-_ID = re.compile(rf"(?P<repository>{_REPOSITORY})(?:@(?P<revision>[^:]+))?(?::(?P<path>.+))?", re.ASCII)
+_ID = re.compile(
+    rf"(?![A-Za-z]:[\\/])(?P<repository>{_REPOSITORY})(?:@(?P<revision>[^:]+))?(?::(?P<path>.+))?", re.ASCII
+)
 _PAGES = ("tree", "blob", "resolve", "raw")
 """What stands between a repository and a revision in the address of a folder or file."""
+
+LONGEST = 240
+"""Bytes of a file's name that every common filesystem has room for, and a short ending besides."""
 
 _LONG_REVISION = re.compile(r"(refs/(?:pr/\d+|convert/[\w.-]+))(?:/|$)")
 """Revisions that hold slashes themselves."""
 
-SECRET = re.compile(r"token|secret|signature|password|passwd|credential|api[-_]?key|access[-_]?key|^sig$|^auth", re.I)
-"""Names of parameters of a URL whose values are nobody's business."""
+WRAPPERS = frozenset(
+    (
+        *("reference", "dir", "generic", "simplecache", "filecache", "blockcache", "cached", "async_wrapper"),
+        *("zip", "tar", "libarchive", "data", "local"),
+    )
+)
+"""Drivers of fsspec that read through others, or that take instructions from what they read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class HubLocation:
     repository: str
     revision: str | None = None
     path: str = ""
-    endpoint: str = HUB
+    endpoint: str = field(default=HUB, repr=False)
     bare: bool = False
 
     @property
@@ -88,7 +101,12 @@ class HubLocation:
     @property
     def page(self) -> str:
         """Where a person reads about the repository."""
-        return f"{self.endpoint}/{self.repository}"
+        return f"{self.hub}/{self.repository}"
+
+    @property
+    def hub(self) -> str:
+        """What messages call the Hub."""
+        return redacted(self.endpoint)
 
 
 @dataclass(frozen=True)
@@ -127,8 +145,16 @@ def local_path(location: str | Path) -> Path:
 
 
 def hub_endpoint(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the address of the Hub that the environment names."""
-    return (environment.get("HF_ENDPOINT") or HUB).rstrip("/")
+    """Return the address of the Hub that the environment names.
+
+    Raises:
+        CheckpointError: It names something else.
+    """
+    endpoint = (environment.get("HF_ENDPOINT") or HUB).rstrip("/")
+    if not re.match(r"https?://[^/\s]", endpoint, re.IGNORECASE):
+        said = environment.get("HF_ENDPOINT")
+        raise CheckpointError(f"HF_ENDPOINT is {said!r}; expected an address such as {HUB}")
+    return endpoint
 
 
 def parse(location: str | Path) -> Location:
@@ -139,13 +165,22 @@ def parse(location: str | Path) -> Location:
     Raises:
         CheckpointError: It is no place at all.
     """
-    text = os.fspath(location)
     if isinstance(location, Path):
-        return LocalLocation(local_path(location), text)
+        return LocalLocation(local_path(location), str(location))
+    text = location.strip()
     if scheme := _SCHEME.match(text):
         return _parse_url(text, scheme[1].lower())
     path = local_path(text)
-    if _exists(path) or not (found := _ID.fullmatch(text)):
+    exists = bool(text) and _exists(path)
+    if not text or not (exists or text.isprintable()):
+        raise CheckpointError(f"{text!r} is no place of a checkpoint; expected a path, a Hugging Face ID or a URL")
+    if not exists and (half := _HALF_SCHEME.match(text)):
+        if half[1].lower() == "file":
+            return _parse_file(urlsplit(text), text)
+        raise CheckpointError(f"{half[0]!r} is no place of a checkpoint; write {half[1]}://…")
+    if exists or not (found := _ID.fullmatch(text)):
+        if not exists and re.fullmatch(rf"{_REPOSITORY}[@:]+", text, re.ASCII):
+            raise _no_id(text)
         return LocalLocation(path, str(path) if text.startswith("~") else text, bare=True)
     return replace(_hub(found["repository"], found["revision"], found["path"] or "", text), bare=True)
 
@@ -159,14 +194,17 @@ def as_id(location: LocalLocation) -> HubLocation | None:
 
 
 def redacted(url: str) -> str:
-    """Return a URL without user, password, fragment, and values of parameters that are secrets.
-
-    Query strings of signed addresses are left out as a whole.
-    """
-    parts = urlsplit(url)
-    given = parse_qsl(parts.query, keep_blank_values=True)
-    shown = [] if any(SECRET.search(name) for name, _ in given) else given
-    return urlunsplit((parts.scheme, _host(parts), parts.path, urlencode(shown), ""))
+    """Return a URL without user, password, query and fragment, all of which may hold secrets."""
+    scheme, _, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    if "@" not in server and re.search(r":(?!\d*([?#].*)?$)", server):
+        # What follows the colon is no port: it must be a password, with a slash or another mark in it.
+        _, marked, rest = rest.rpartition("@")
+        server, slash, path = rest.partition("/") if marked else ("…", "", "")
+    user, _, host = server.rpartition("@")
+    # Some schemes have something else before the @, such as a container; a password follows a colon.
+    server = server if user and ":" not in user and scheme.lower() not in ("http", "https") else host
+    return re.split(r"[?#]", f"{scheme}://{server}{slash}{path}", maxsplit=1)[0]
 
 
 def _exists(path: Path) -> bool:
@@ -184,12 +222,19 @@ def _parse_url(text: str, scheme: str) -> Location:
     try:
         parts = urlsplit(text)
         _ = parts.port
-    except ValueError as error:
-        raise CheckpointError(f"{redacted_text(text)} is no URL: {error}") from error
+    except ValueError:
+        raise CheckpointError(
+            f"{redacted(text)} is no URL: its host or port is not valid; in a user or password, write "
+            "/ as %2F, # as %23, ? as %3F and @ as %40"
+        ) from None
+    if "::" in text or scheme in WRAPPERS:
+        raise CheckpointError(
+            f"{scheme}:// with another address in it is not read, as it could lead anywhere; copy the files first"
+        )
     if scheme == "file":
-        return _parse_file(parts, text)
+        return _parse_file(parts, redacted(text))
     if scheme == "hf":
-        return _parse_hf(text)
+        return _parse_hf(text, redacted(text))
     if scheme in ("http", "https"):
         if (page := _hub_page(parts)) is not None:
             return page
@@ -206,34 +251,30 @@ def _user(parts: SplitResult) -> str | None:
     return f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
 
 
-def redacted_text(text: str) -> str:
-    """Return what can be shown of a text that may hold a password, although it is no URL."""
-    scheme, _, rest = text.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
-
-
-def _parse_file(parts: SplitResult, text: str) -> LocalLocation:
+def _parse_file(parts: SplitResult, shown: str) -> LocalLocation:
     from urllib.request import url2pathname
 
     if parts.netloc not in ("", "localhost"):
-        raise CheckpointError(f"{text} names the machine {parts.netloc!r}; write file:///path for a path of this one")
+        raise CheckpointError(f"{shown} names the machine {_host(parts)!r}; write file:///path for a path of this one")
+    if not parts.path:
+        raise CheckpointError(f"{shown} names no path; write file:///path")
     path = Path(url2pathname(parts.path))
     return LocalLocation(path, str(path))
 
 
-def _parse_hf(text: str) -> HubLocation:
+def _parse_hf(text: str, shown: str) -> HubLocation:
     rest = unquote(text.partition("://")[2]).strip("/")
     kind, _, more = rest.partition("/")
     if kind in ("datasets", "spaces", "buckets", "kernels"):
-        raise CheckpointError(f"{text} names one of the Hub's {kind}; expected a repository of models")
+        raise CheckpointError(f"{shown} names one of the Hub's {kind}; expected a repository of models")
     if kind == "models":
         rest = more
     before, marked, after = rest.partition("@")
     if not marked:
         repository, path = _first_two(rest)
-        return _hub(repository, None, path, text)
+        return _hub(repository, None, path, shown)
     revision, path = _split_revision(after)
-    return _hub(before, revision, path, text)
+    return _hub(before, revision, path, shown)
 
 
 def _first_two(path: str) -> tuple[str, str]:
@@ -252,12 +293,12 @@ def _hub_page(parts: SplitResult) -> HubLocation | None:
     """Return what a page of the Hub shows; ``None`` for a page of another server."""
     endpoint = hub_endpoint()
     mirror = urlsplit(endpoint)
-    inside = parts.path
-    if (_host(parts), parts.scheme.lower()) == (mirror.netloc, mirror.scheme) and inside.startswith(f"{mirror.path}/"):
+    inside = f"{parts.path}/"
+    if (_host(parts), parts.scheme.lower()) == (_host(mirror), mirror.scheme) and inside.startswith(f"{mirror.path}/"):
         inside = inside[len(mirror.path) :]
     elif _host(parts).lower() not in HUB_HOSTS:
         return None
-    elif endpoint == HUB or mirror.netloc in HUB_HOSTS:
+    elif endpoint == HUB or _host(mirror) in HUB_HOSTS:
         endpoint = HUB
     # Segments are decoded one by one, as a branch may hold an encoded slash.
     segments = [unquote(segment) for segment in inside.strip("/").split("/")]
@@ -279,13 +320,19 @@ def _hub_page(parts: SplitResult) -> HubLocation | None:
 
 
 def _hub(repository: str, revision: str | None, path: str, given: str, endpoint: str | None = None) -> HubLocation:
-    segments = path.strip("/").split("/") if path.strip("/") else []
+    path = path.strip("/")
     wrong = not re.fullmatch(_REPOSITORY, repository, re.ASCII) or "--" in repository or ".." in repository
-    if wrong or revision == "" or any(segment in ("", ".", "..") for segment in segments):
-        raise CheckpointError(f"{given} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder")
-    return HubLocation(repository, revision, "/".join(segments), endpoint or hub_endpoint())
+    if wrong or not all(is_inside(text) for text in (revision, path or None) if text is not None):
+        raise _no_id(given)
+    return HubLocation(repository, revision, path, endpoint or hub_endpoint())
 
 
-def quoted(path: str) -> str:
-    """Return a path as it stands in a URL."""
-    return quote(path, safe="/")
+def _no_id(given: str) -> CheckpointError:
+    return CheckpointError(f"{given} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder")
+
+
+def is_inside(path: str) -> bool:
+    """Tell whether a relative path cannot lead out of the folder that it starts in, on any system."""
+    parts = path.split("/")
+    odd = re.search(r"[\\:\x00-\x1f]", path) or any(len(part.encode(errors="replace")) > LONGEST for part in parts)
+    return not odd and not {"", ".", ".."} & set(parts)

@@ -7,9 +7,12 @@ where it broke off, and checked: every byte that is used has come from one versi
 from __future__ import annotations
 
 import errno
+import hashlib
+import math
 import shutil
 import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +22,7 @@ from typing import Protocol
 
 from speculators.errors import CheckpointError
 from speculators.progress import Progress, unheard
-from speculators.weights import SafetensorsHeader
+from speculators.weights import Extent, SafetensorsHeader, WeightFile
 
 RETRIES = 5
 """How often in a row a connection may fail before a download is given up."""
@@ -36,6 +39,9 @@ PIECE = 16 << 20
 SMALL = 256 << 10
 """Up to this many bytes, such as rows of an embedding, just what is needed is fetched."""
 
+MOST_JSON = 100 << 20
+"""The most bytes of a config or an index; those of the largest models have some MB."""
+
 HEAD = 64 << 10
 """Bytes fetched of a safetensors file at first, which hold most headers."""
 
@@ -50,6 +56,10 @@ class TransientError(Exception):
 
 class UnreachableError(CheckpointError):
     """A server does not answer, or not for long enough."""
+
+
+class ContradictionError(CheckpointError):
+    """A server sends what does not fit what it said before; nothing of it is trusted."""
 
 
 class NotFoundError(Exception):
@@ -113,40 +123,43 @@ def patiently(file: RemoteFile) -> Stat:
         except TransientError as error:
             if tries >= FIRST_RETRIES:
                 raise UnreachableError(
-                    f"{file.name} cannot be reached ({error}), also in {FIRST_RETRIES} more attempts"
+                    f"{file.name} cannot be reached ({error}), also in {FIRST_RETRIES} more attempts; "
+                    "check the address and the network"
                 ) from error
             tries = pause(tries, error)
 
 
-def stream(file: RemoteFile, start: int, stop: int | None) -> Iterator[bytes]:
+def stream(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes from ``start`` to ``stop``, going on after each break where it was.
 
     Raises:
         CheckpointError: The connection was lost too often, or the server sends something else.
-        NotFoundError: There is no such file.
-        NoRangesError: The server sends whole files only, and that was not asked for.
+        NoRangesError: The server sends whole files only.
     """
     position, tries = start, 0
-    while stop is None or position < stop:
+    while position < stop:
+        before = position
         try:
             for chunk in file.read(position, stop):
                 position += len(chunk)
                 tries = 0
-                if stop is not None and position > stop:
-                    raise CheckpointError(f"{file.name}: the server sent more bytes than it was asked for")
+                if position > stop:
+                    raise ContradictionError(f"{file.name}: the server sent more bytes than it was asked for")
                 yield chunk
-            if stop is None or position == stop:
-                return
-            raise TransientError("it was closed early")
+            if position == before:
+                raise TransientError("it was closed at once")
+        except NotFoundError as error:
+            raise ContradictionError(f"{file.name} was removed from the server while it was read") from error
         except TransientError as error:
-            tries = _again(file, tries, error, position - start)
+            tries = _again(file, tries, error, position - start, kept=True)
 
 
-def _again(file: RemoteFile, tries: int, error: TransientError, done: int) -> int:
+def _again(file: RemoteFile, tries: int, error: TransientError, done: int, *, kept: bool) -> int:
     if tries >= RETRIES:
+        advice = "what has arrived is kept" if kept else "it begins anew, as the server cannot continue"
         raise UnreachableError(
             f"{file.name}: the connection was lost after {done} bytes ({error}), also in {RETRIES} more attempts. "
-            "Run the command again when the network works: what has arrived is kept."
+            f"Run the command again when the network works: {advice}."
         ) from error
     return pause(tries, error)
 
@@ -165,7 +178,7 @@ def download(
     check: Callable[[Path], bool] = lambda path: True,
     progress: Progress = unheard,
 ) -> None:
-    """Fetch a whole file to ``target``, going on where an earlier run was interrupted.
+    """Fetch a whole file of known size and version to ``target``, going on where an earlier run was interrupted.
 
     What has arrived lies beside the target until all of it is there. Of two processes that want one file,
     the second waits.
@@ -173,23 +186,19 @@ def download(
     Args:
         file: What to fetch.
         stat: What the server said about it.
-        target: Where it is kept.
+        target: Where it is kept, a place of this version alone.
         check: Tells whether what arrived is what was meant.
         progress: Told about the bytes.
 
     Raises:
         CheckpointError: No space, a lost connection, or something else arrived.
     """
-    from filelock import FileLock
-
     partial = target.with_name(f"{target.name}.partial")
     with storing(target, stat.size):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f"{target.name}.lock")):
+        with _locked(target, file, progress):
             if target.exists():
                 return
-            if stat.version is None:
-                partial.unlink(missing_ok=True)  # it may be part of something else
             _require_space(target, (stat.size or 0) - _size(partial))
             try:
                 _fetch(file, stat, partial, progress)
@@ -198,58 +207,123 @@ def download(
                     partial.unlink()
                     _fetch(file, stat, partial, progress)
                     if not check(partial):
-                        raise CheckpointError(
+                        raise ContradictionError(
                             f"{file.name}: what arrived has another checksum than the server names; nothing was kept. "
                             "Try again, or another mirror."
                         )
-            except UnreachableError:
-                raise
-            except CheckpointError:
-                partial.unlink(missing_ok=True)  # a server that contradicts itself is not trusted in part
+            except ContradictionError:
+                partial.unlink(missing_ok=True)
                 raise
             partial.replace(target)
         with suppress(OSError):
-            target.with_name(f"{target.name}.lock").unlink()
+            _lock(target).unlink()
+
+
+def download_anew(file: RemoteFile, stat: Stat, folder: Path, *, progress: Progress = unheard) -> str:
+    """Fetch a whole file of which nothing tells whether it is still the same, in one response.
+
+    Args:
+        file: What to fetch.
+        stat: What the server said about it.
+        folder: Where it is kept, as ``folder/VERSION/NAME``.
+        progress: Told about the bytes.
+
+    Returns:
+        The version: the SHA-256 of the content.
+
+    Raises:
+        CheckpointError: No space, or a lost connection.
+    """
+    with storing(folder, stat.size):
+        folder.mkdir(parents=True, exist_ok=True)
+        _require_space(folder / "file", stat.size or 0)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as made:
+            fresh = Path(made) / file.name.rpartition("/")[2]
+            _fetch(file, replace(stat, ranges=False), fresh, progress)
+            with fresh.open("rb") as content:
+                version = hashlib.sha256()
+                while chunk := content.read(1 << 20):
+                    version.update(chunk)
+            target = folder / version.hexdigest() / fresh.name
+            target.parent.mkdir(exist_ok=True)
+            fresh.replace(target)
+    return version.hexdigest()
+
+
+def _lock(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lock")
+
+
+@contextmanager
+def _locked(target: Path, file: RemoteFile, progress: Progress) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_lock(target))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        progress(f"waiting for another program that downloads {file.name}", 0, 0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _most(file: RemoteFile, stat: Stat) -> float:
+    """Return the most bytes that a file can have.
+
+    Raises:
+        ContradictionError: The server says that it has more.
+    """
+    most = MOST_JSON if file.name.endswith(".json") else math.inf
+    if stat.size is not None and stat.size > most:
+        raise ContradictionError(f"{file.name} has {stat.size} bytes, more than any config or index")
+    return most if stat.size is None else stat.size
 
 
 def _fetch(file: RemoteFile, stat: Stat, partial: Path, progress: Progress) -> None:
-    done = _size(partial)
-    if stat.size is not None and done > stat.size:
+    if _size(partial) > _most(file, stat):
         partial.unlink()
-        done = 0
-    if done and done == stat.size:
-        return
     try:
-        _append(file, stat, partial, done, progress)
-    except NoRangesError:
-        _append(file, replace(stat, ranges=False), partial, 0, progress)
-    if stat.size is not None and (arrived := _size(partial)) != stat.size:
-        raise CheckpointError(f"{file.name}: {arrived} bytes arrived, expected {stat.size}; nothing was kept")
-
-
-def _append(file: RemoteFile, stat: Stat, partial: Path, done: int, progress: Progress) -> None:
-    with partial.open("ab") as out:
-
-        def write(chunks: Iterator[bytes], done: int) -> int:
-            for chunk in chunks:
-                out.write(chunk)
-                done += len(chunk)
-                progress(f"downloading {file.name}", done, stat.size or 0)
-            return done
-
         if stat.ranges and stat.size is not None:
-            write(stream(file, done, stat.size), done)
-            return
-        tries = 0
-        while True:
-            out.truncate(0)  # only the whole can be asked for
-            try:
-                done = write(file.read(0, None), 0)
-                if stat.size is None or done >= stat.size:
-                    return
-                raise TransientError("it was closed early")
-            except TransientError as error:
-                tries = _again(file, tries, error, done)
+            _continue(file, stat.size, partial, progress)
+        else:
+            _fetch_whole(file, stat, partial, progress)
+    except NoRangesError:
+        _fetch_whole(file, stat, partial, progress)
+    if stat.size is not None and (arrived := _size(partial)) != stat.size:
+        raise ContradictionError(f"{file.name}: {arrived} bytes arrived, expected {stat.size}; nothing was kept")
+
+
+def _continue(file: RemoteFile, size: int, partial: Path, progress: Progress) -> None:
+    done = _size(partial)
+    with partial.open("ab") as out:
+        for chunk in stream(file, done, size):
+            out.write(chunk)
+            done += len(chunk)
+            progress(f"downloading {file.name}", done, size)
+
+
+def _fetch_whole(file: RemoteFile, stat: Stat, partial: Path, progress: Progress) -> None:
+    tries, limit = 0, _most(file, stat)
+    while True:
+        done = 0
+        try:
+            with partial.open("wb") as out:
+                for chunk in file.read(0, None):
+                    out.write(chunk)
+                    done += len(chunk)
+                    if done > limit:
+                        raise ContradictionError(f"{file.name}: more than {limit} bytes arrived, which it cannot have")
+                    progress(f"downloading {file.name}", done, stat.size or 0)
+            if stat.size is None or done >= stat.size:
+                return
+            raise TransientError("it was closed early")
+        except NotFoundError as error:
+            raise ContradictionError(f"{file.name} was removed from the server while it was read") from error
+        except TransientError as error:
+            tries = _again(file, tries, error, done, kept=False)
 
 
 def _size(path: Path) -> int:
@@ -292,14 +366,20 @@ def keep(path: Path, data: bytes) -> None:
     with storing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _require_space(path, len(data))
-        out = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False)  # noqa: SIM115 - renamed below
+        fresh = path.with_name(f".new-{uuid.uuid4().hex}")
         try:
-            with out:
-                out.write(data)
-            Path(out.name).replace(path)
+            fresh.write_bytes(data)
+            fresh.replace(path)
         except BaseException:
-            Path(out.name).unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
             raise
+
+
+def note(path: Path, data: bytes) -> None:
+    """Keep something that is good to know later, unless it is known or the cache cannot be written."""
+    with suppress(OSError, CheckpointError):
+        if not path.exists() or path.read_bytes() != data:
+            keep(path, data)
 
 
 class Pieces:
@@ -365,15 +445,18 @@ class RemoteSafetensors:
     Args:
         pieces: Its parts.
         size: Its size in bytes.
+        whole: Fetches and opens all of it, for when the server stops sending parts.
 
     Raises:
         CheckpointError: It is no whole, well-formed safetensors file.
         NoRangesError: The server sends whole files only.
     """
 
-    def __init__(self, pieces: Pieces, size: int) -> None:
+    def __init__(self, pieces: Pieces, size: int, whole: Callable[[], WeightFile] | None = None) -> None:
         self.path = Path(pieces.name)
         self._pieces = pieces
+        self._fetch_whole = whole
+        self._whole: WeightFile | None = None
         head = min(HEAD, size)
 
         def read(start: int, stop: int) -> memoryview:
@@ -382,10 +465,22 @@ class RemoteSafetensors:
         self._header = SafetensorsHeader(pieces.name, size, read)
         self.tensors = self._header.tensors
 
-    def stretch(self, name: str, start: int, stop: int) -> memoryview:
+    def stretch(self, name: str, start: int, stop: int) -> Extent | memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor, fetched in pieces where they are many."""
-        first, whole = self._header.start(name), self.tensors[name].nbytes
-        grid = [(begin, min(begin + PIECE, whole)) for begin in range(start - start % PIECE, stop, PIECE)]
+        if self._whole is None:
+            try:
+                return self._stretch(name, start, stop)
+            except NoRangesError:
+                if self._fetch_whole is None:
+                    raise
+                self._whole = self._fetch_whole()
+                if self._whole.tensors != self.tensors:
+                    raise ContradictionError(f"{self.path} was changed on the server while it was read") from None
+        return self._whole.stretch(name, start, stop)
+
+    def _stretch(self, name: str, start: int, stop: int) -> memoryview:
+        first, size = self._header.start(name), self.tensors[name].nbytes
+        grid = [(begin, min(begin + PIECE, size)) for begin in range(start - start % PIECE, stop, PIECE)]
         if stop - start <= SMALL and not all(self._pieces.has(first + begin, first + end) for begin, end in grid):
             return self._pieces.read(first + start, first + stop)
         found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speculators.errors import CheckpointError
-from speculators.sources.remote import NoRangesError, NotFoundError, Stat, TransientError
+from speculators.progress import printable
+from speculators.sources.remote import ContradictionError, NoRangesError, NotFoundError, Stat, TransientError
 
 TIMEOUT = 20.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -18,8 +20,11 @@ TIMEOUT = 20.0
 LONGEST_WAIT = 60.0
 """The most seconds that a server's own ``Retry-After`` is obeyed."""
 
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+PASSING = frozenset({408, 421, 425, 429, *range(500, 600)})
 """Statuses that may be others a moment later."""
+
+IDENTITY = frozenset({"", "identity", "aws-chunked"})
+"""Content encodings that leave the bytes as they are; the last is what some stores keep from an upload."""
 
 
 def basic_authorization(user: str) -> dict[str, str]:
@@ -36,18 +41,33 @@ class WebFile:
         name: What messages call it.
         headers: Sent with each request to that server, and not to others that it redirects to.
         refusal: What to do where the server wants another user, or any.
+        pinned: Whether the address means one content for ever, so that other ETags mean other machines.
+        size: Its size in bytes, where that is known already.
     """
 
     url: str = field(repr=False)
     name: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     refusal: str = "put user and password into the address, as https://user:password@host/…"
+    pinned: bool = False
+    size: int | None = None
     _seen: tuple[int | None, str | None] | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Let the first answer be compared with what is known."""
+        if self.size is not None:
+            self._seen = (self.size, None)
+
     def stat(self) -> Stat:
-        """Ask for one byte: it tells the size, the version, and whether parts are served."""
+        """Ask for one byte: it tells the size, the version, and whether parts are served.
+
+        A page of HTML is what some servers send for whatever they do not have.
+        """
         with self._response(0, 1) as response:
             size, version = _total(response), _version(response)
+            page = "text/html" in response.headers.get("Content-Type", "")
+            if page and next(response.iter_bytes(), b"").startswith(b"<"):
+                raise NotFoundError(self.name)
             self._seen = (size, version)
             return Stat(size, version, ranges=response.status_code in (206, 416) and size is not None)
 
@@ -55,38 +75,43 @@ class WebFile:
         """Yield the bytes of one response."""
         with self._response(start, stop) as response:
             self._compare(response)
-            whole = start == 0 and stop is None
-            encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-            if not whole and (response.status_code == 200 or encoded):
+            encoding = response.headers.get("Content-Encoding", "")
+            encoded = encoding not in IDENTITY
+            if (start or stop is not None) and (response.status_code == 200 or encoded):
                 raise NoRangesError(self.name)
-            if response.status_code == 416:
-                raise CheckpointError(f"{self.name}: the server has no bytes {start} to {stop}; was it changed?")
-            if response.status_code == 206 and not _starts_at(response, start):
+            if encoded and encoding not in ("gzip", "deflate"):
                 raise CheckpointError(
+                    f"{self.name}: the server sends it encoded as {encoding!r}, which was not asked for"
+                )
+            if response.status_code == 416:
+                raise ContradictionError(f"{self.name}: the server has no bytes {start} to {stop}; was it changed?")
+            if response.status_code == 206 and not _starts_at(response, start):
+                raise ContradictionError(
                     f"{self.name}: the server sent another part than bytes {start} to {stop} "
                     f"({response.headers.get('Content-Range', 'no Content-Range')})"
                 )
             try:
                 yield from response.iter_bytes()  # as they come: nothing that arrived is lost with the connection
             except http_error() as error:
-                raise TransientError(reason(error)) from error
+                raise TransientError(reason(error)) from None
 
     def _compare(self, response: Any) -> None:
         """Refuse bytes of another version than the first answer was about."""
-        now = (_total(response), _version(response))
+        now = (_total(response), None if self.pinned else _version(response))
         if self._seen is None:
             self._seen = now
         for before, after in zip(self._seen, now, strict=True):
             if before is not None and after is not None and before != after:
-                raise CheckpointError(
+                raise ContradictionError(
                     f"{self.name} was changed on the server while it was read ({before} became {after}); "
-                    "run the command again"
+                    "run the command again, or, if it says so each time, download the files and convert them here"
                 )
 
     @contextmanager
     def _response(self, start: int, stop: int | None) -> Iterator[Any]:
         from huggingface_hub import get_session
 
+        _keep_secrets_from_logs()
         headers = {**self.headers, "Accept-Encoding": "identity"}  # offsets count the file's own bytes
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -97,7 +122,7 @@ class WebFile:
                 self._judge(response)
                 yield response
         except (http_error(), OSError) as error:
-            raise TransientError(reason(error)) from error
+            raise TransientError(reason(error)) from None
 
     def _judge(self, response: Any) -> None:
         status = response.status_code
@@ -105,12 +130,34 @@ class WebFile:
             return
         if status in (404, 410):
             raise NotFoundError(self.name)
-        if status in _PASSING:
-            wait = response.headers.get("Retry-After", "")
-            raise TransientError(f"status {status}", min(float(wait), LONGEST_WAIT) if wait.isdigit() else None)
+        if status in PASSING:
+            raise TransientError(f"status {status}", asked_pause(response))
         if status in (401, 403, 407):
             raise CheckpointError(f"{self.name}: the server refuses it (status {status}); {self.refusal}")
         raise CheckpointError(f"{self.name}: the server answers with status {status}; expected 200 or 206")
+
+
+def asked_pause(response: Any) -> float | None:
+    """Return how many seconds a server asks to wait, if it asks."""
+    wait = response.headers.get("Retry-After", "")
+    return min(float(wait), LONGEST_WAIT) if re.fullmatch(r"\d{1,9}", wait, re.ASCII) else None
+
+
+class _NoSecrets(logging.Filter):
+    """Cuts the queries off addresses, which sign them, and escapes what a terminal would obey."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", record.getMessage())
+        record.msg, record.args = printable(text), ()
+        return True
+
+
+_NO_SECRETS = _NoSecrets()
+
+
+def _keep_secrets_from_logs() -> None:
+    for name in (http_error().__module__.partition(".")[0], "huggingface_hub.utils._http"):
+        logging.getLogger(name).addFilter(_NO_SECRETS)  # which adds it once only
 
 
 def http_error() -> type[Exception]:
@@ -127,20 +174,20 @@ def reason(error: Exception) -> str:
 
 def _total(response: Any) -> int | None:
     """Return the size of the whole file, if the answer tells it."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
+    if response.headers.get("Content-Encoding", "") not in IDENTITY:
         return None
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdigit() else None
-    found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+        return int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+    found = re.fullmatch(r"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]{1,18})", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
 
 def _starts_at(response: Any, start: int) -> bool:
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    found = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
     return found is not None and int(found[1]) == start
 
 
 def _version(response: Any) -> str | None:
-    version: str | None = response.headers.get("ETag") or response.headers.get("Last-Modified")
-    return version
+    etag: str = response.headers.get("ETag", "").removeprefix("W/")  # one machine's may be weak, another's not
+    return etag or response.headers.get("Last-Modified")
