@@ -193,6 +193,8 @@ def download(
     Raises:
         CheckpointError: No space, a lost connection, or something else arrived.
     """
+    if target.exists():
+        return
     partial = target.with_name(f"{target.name}.partial")
     with storing(target, stat.size):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -475,7 +477,7 @@ class RemoteSafetensors:
                     raise
                 self._whole = self._fetch_whole()
                 if self._whole.tensors != self.tensors:
-                    raise ContradictionError(f"{self.path} was changed on the server while it was read") from None
+                    raise ContradictionError(f"{self._pieces.name} was changed on the server while it was read") from None
         return self._whole.stretch(name, start, stop)
 
     def _stretch(self, name: str, start: int, stop: int) -> memoryview:
