@@ -21,7 +21,7 @@ from speculators import dtypes, pickles
 from speculators.errors import CheckpointError
 from speculators.pickles import PickleFile
 from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
-from speculators.sources.locations import is_inside
+from speculators.sources.locations import is_name
 from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
@@ -57,21 +57,17 @@ INDEX = ".index.json"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of files beside the weights that transformers may read."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+"""Any of these beside a verifier's config means that it has a tokenizer."""
+
 NAMED_COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "tekken.json",
+    *TOKENIZER_FILES,
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
 )
 """Names of the commonest, for servers that do not list their files."""
 
-Listing = tuple[str, set[str]]
+Indexed = tuple[str, set[str]]
 """Name of an index, and the tensors that it says a file holds."""
 
 _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
@@ -80,6 +76,7 @@ _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 class Checkpoint:
     """A draft or verifier as its training code left it.
 
+    Its ``name`` is what messages call it, its ``config`` what ``config.json`` holds, and ``place`` where its files lie.
     Opening one reads ``config.json``; a weight file is opened when a tensor of it is first asked for.
 
     Args:
@@ -91,8 +88,8 @@ class Checkpoint:
     """
 
     def __init__(self, place: Path | Folder) -> None:
-        self._place = LocalFolder(LocalLocation(place, str(place))) if isinstance(place, Path) else place
-        self.name = self._place.name
+        self.place = LocalFolder(LocalLocation(place, str(place))) if isinstance(place, Path) else place
+        self.name = self.place.name
         self._opened: dict[str, WeightFile] = {}
         self.config = self._read_json("config.json")
 
@@ -110,20 +107,15 @@ class Checkpoint:
         """
         return cls(find(location, access, partly=partly, suffixes=(*FORMATS, INDEX)))
 
-    @property
-    def place(self) -> Folder:
-        """Where its files lie."""
-        return self._place
-
     @cached_property
-    def _located(self) -> dict[str, Listing | None]:
+    def _located(self) -> dict[str, Indexed | None]:
         """Its weight files, and what an index says about each, if there is one."""
-        if self._place.file is not None:
-            file = self._place.file
+        if self.place.file is not None:
+            file = self.place.file
         else:
             files = next(self._candidates(), [])
             if not files:
-                listing = ", ".join([name for name in self._place.listing() if not name.startswith(".")][:8])
+                listing = ", ".join(list(self.place.listing())[:8])
                 raise CheckpointError(
                     f"{self.name} holds no weights: expected *.safetensors or *.bin, found {listing or 'nothing'}"
                 )
@@ -133,31 +125,35 @@ class Checkpoint:
             (file,) = files
         suffix = Path(file.removesuffix(INDEX)).suffix
         if suffix not in FORMATS:
-            raise CheckpointError(f"{file} is no weight file; expected one that ends in {' or '.join(FORMATS)}")
+            raise CheckpointError(
+                f"{self._described(file)} is no weight file; expected one that ends in {' or '.join(FORMATS)}"
+            )
         if _SHARD.search(file):
-            raise CheckpointError(f"{file} is one shard of several, and their index is missing. Download it again.")
+            raise CheckpointError(
+                f"{self._described(file)} is one shard of several, and their index is missing. Download it again."
+            )
         return self._locate_shards(file) if file.endswith(INDEX) else {file: None}
 
     def _candidates(self) -> Iterator[list[str]]:
         """Yield alternative sets of weight files: those with conventional names first, then any others."""
         for suffix, kind in FORMATS.items():
             named = [f"{kind.stem}{suffix}", f"{kind.stem}{suffix}{INDEX}"]
-            if present := [name for name in named if self._place.has(name)]:
+            if present := [name for name in named if self.place.has(name)]:
                 yield present
         for suffix in FORMATS:
-            files = [name for name in self._place.listing() if name.endswith(suffix) and self._place.has(name)]
+            files = [name for name in self.place.listing() if name.endswith(suffix) and self.place.has(name)]
             if others := sorted(name for name in files if not name.startswith(("adapter_", "."))):
                 yield others
 
-    def _locate_shards(self, index: str) -> dict[str, Listing | None]:
+    def _locate_shards(self, index: str) -> dict[str, Indexed | None]:
         weight_map = self._read_json(index).get("weight_map")
         named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
         if not weight_map or not named:
             raise CheckpointError(f"{self._described(index)} has no weight_map of tensor names to file names")
-        shards: dict[str, Listing | None] = {}
+        shards: dict[str, Indexed | None] = {}
         for shard in sorted(set(weight_map.values())):
             said = f"{self._described(index)} names the shard {shard!r}"
-            if "/" in shard or not is_inside(shard):
+            if not is_name(shard):
                 raise CheckpointError(f"{said}; shards must lie beside their index")
             if Path(shard).suffix not in FORMATS:
                 raise CheckpointError(f"{said}, which is no weight file")
@@ -175,10 +171,8 @@ class Checkpoint:
     def _file(self, name: str) -> WeightFile:
         if name not in self._opened:
             listing = self._located[name]
-            if listing is not None and self._place.local is not None and not self._place.has(name):
-                raise self._lacks(name, listing)
             try:
-                file = self._place.open(name, FORMATS[Path(name).suffix].read)
+                file = self.place.open(name, FORMATS[Path(name).suffix].read)
             except FileNotFoundError as error:
                 raise self._lacks(name, listing) from error
             if listing is not None and listing[1] != set(file.tensors):
@@ -187,7 +181,7 @@ class Checkpoint:
             self._opened[name] = file
         return self._opened[name]
 
-    def _lacks(self, name: str, listing: Listing | None) -> CheckpointError:
+    def _lacks(self, name: str, listing: Indexed | None) -> CheckpointError:
         if listing is None:
             return CheckpointError(f"{self.name} has no {name}")
         return CheckpointError(
@@ -195,13 +189,13 @@ class Checkpoint:
         )
 
     def _described(self, name: str) -> str:
-        return f"{self.name}/{name}" if self._place.local is None else str(self._place.local / name)
+        return f"{self.name}/{name}" if self.place.local is None else str(self.place.local / name)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            path = self._place.path(name)
+            path = self.place.path(name)
         except FileNotFoundError:
-            raise _no_checkpoint(self.name, name, self._place.listing()) from None
+            raise _no_checkpoint(self.name, name, self.place.listing()) from None
         return read_json(path, self._described(name))
 
     def fetch(self) -> None:
@@ -212,7 +206,7 @@ class Checkpoint:
         """
         for name, listing in self._located.items():
             try:
-                self._place.path(name)
+                self.place.path(name)
             except FileNotFoundError as error:
                 raise self._lacks(name, listing) from error
 
@@ -223,11 +217,11 @@ class Checkpoint:
         Args:
             weights: Whether the weights are among them, or just config and tokenizer.
         """
-        names = {name for name in self._place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
-        names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self._place.has(name)}
+        names = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
+        names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self.place.has(name)}
         if weights:
             names |= set(self._located) | {listing[0] for listing in self._located.values() if listing}
-        with self._place.gathered(sorted(names)) as folder:
+        with self.place.gathered(sorted(names)) as folder:
             yield folder
 
     @cached_property
@@ -258,12 +252,12 @@ class Checkpoint:
         """
         for name in self._located:
             if check := FORMATS[Path(name).suffix].verify:
-                check(self._place.path(name), stopped)
+                check(self.place.path(name), stopped)
 
     @cached_property
     def has_weights(self) -> bool:
         """Whether there is a weight file; a verifier may consist of its config alone."""
-        return self._place.file is not None or any(True for _ in self._candidates())
+        return self.place.file is not None or any(True for _ in self._candidates())
 
     def stretch(self, name: str, start: int = 0, stop: int | None = None) -> Extent | memoryview:
         """Return bytes ``start`` to ``stop`` of a tensor, or where they lie if a file holds them in one piece."""
@@ -303,14 +297,11 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
         name: What messages call it; its path by default.
 
     Raises:
-        CheckpointError: The file is missing or holds something else; names what lies beside it.
+        CheckpointError: It cannot be read, or holds something else.
     """
     name = name or str(path)
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        found = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise _no_checkpoint(str(path.parent), path.name, found) from None
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import speculators
-from speculators.errors import SpeculatorsError, ValidationError
-from speculators.progress import on_terminal, printable
+from speculators.errors import SpeculatorsError, ValidationError, printable
+from speculators.progress import on_terminal
 
 if TYPE_CHECKING:
     from speculators.convert import ConversionResult
@@ -37,10 +36,9 @@ class _Group(click.Group):
             try:
                 return super().invoke(ctx)
             except click.UsageError as error:
-                from speculators.sources.locations import redacted
+                from speculators.sources.locations import redacted_text
 
-                shown = re.sub(r"\w+://[^\s()'\"]*", lambda found: redacted(found[0]), error.format_message())
-                raise click.UsageError(shown, error.ctx) from None
+                raise click.UsageError(redacted_text(error.format_message()), error.ctx) from None
             except SpeculatorsError as error:
                 click.echo(f"Error: {printable(str(error))}", err=True)
                 ctx.exit(error.exit_code)
@@ -73,9 +71,7 @@ def _reaching(command: Command) -> Command:
     options = (
         click.option("--token", help="Token for the Hub; that of HF_TOKEN or of a login by default."),
         click.option("--cache-dir", help="Where downloads are kept; huggingface_hub's cache by default."),
-        click.option(
-            "--offline", is_flag=True, default=None, help="Use nothing but the cache; HF_HUB_OFFLINE says the same."
-        ),
+        click.option("--offline", is_flag=True, help="Use nothing but the cache, as HF_HUB_OFFLINE=1 says for all."),
     )
     for option in reversed(options):
         command = option(command)
@@ -143,7 +139,7 @@ def convert(
     self_contained: bool,
     token: str | None,
     cache_dir: str | None,
-    offline: bool | None,
+    offline: bool,
     list_algorithms: bool,
     as_json: bool,
 ) -> None:
@@ -218,7 +214,7 @@ def validate(
     diagnose: bool,
     token: str | None,
     cache_dir: str | None,
-    offline: bool | None,
+    offline: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:

@@ -122,7 +122,7 @@ def convert_model(
     self_contained: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
-    offline: bool | None = None,
+    offline: bool = False,
     progress: Progress = unheard,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
@@ -146,7 +146,7 @@ def convert_model(
             loads without it.
         token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
         cache_dir: Where downloads are kept; huggingface_hub's cache by default.
-        offline: Whether nothing but the cache may be used; ``HF_HUB_OFFLINE`` says it by default.
+        offline: Whether nothing but the cache may be used, as where ``HF_HUB_OFFLINE`` says so.
         progress: Called with what is being done, and how many bytes of it are done of how many.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
@@ -171,7 +171,7 @@ def convert_model(
     source, base, report = Checkpoint.at(model, access), Verifier(verifier, access), None
     require_native(source)
     if validate and source.place.local is None:
-        _require_device(validate_device)
+        _require_device(validate_device)  # of local files, checksums are computed while this imports torch
     source.fetch()
     with verifying(source) as verified:
         if validate:
@@ -384,7 +384,10 @@ def write(
 
     (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
     output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
-    read = {"source": conversion.context.source.place.identity, "verifier": conversion.context.verifier.identity}
+    read = {
+        "source": conversion.context.source.place.identity,
+        "verifier": conversion.context.verifier.checkpoint.place.identity,
+    }
     (folder / output.PROVENANCE_FILE).write_text(json.dumps(read, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -396,8 +399,8 @@ def _payloads(conversion: Conversion) -> Iterator[Payload]:
     for made in conversion.derivations:
         yield _cast(Payload(made.target, *derive(made, source)), asked)
     for each in conversion.completions:
-        if weights is not None:
-            yield _cast(_cast(Payload(each.target, each.info, _parts(weights, each)), each.dtype), asked)
+        assert weights is not None  # noqa: S101 - a completion has come from them
+        yield _cast(_cast(Payload(each.target, each.info, _parts(weights, each)), each.dtype), asked)
 
 
 def _parts(weights: Checkpoint, completion: Completion) -> Iterator[Chunk]:

@@ -21,6 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """Escape control characters, which names in a stranger's checkpoint or on a server may hold."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
 class SpeculatorsError(Exception):
     """Base class of everything this package raises on purpose."""
 

@@ -6,13 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from speculators.errors import printable
+
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many bytes of it are done, and how many there are; 0 if nobody knows."""
-
-
-def printable(text: str) -> str:
-    """Escape control characters, which names in a stranger's checkpoint or on a server may hold."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
 
 
 def unheard(task: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speculators.checkpoint import TOKENIZER_FILES
 from speculators.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from speculators.verifier import Verifier
 
 Prompt = str | Sequence[int]
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
-"""Any of these beside a verifier's config means that it has a tokenizer."""
 
 TEXTS = (
     "Explain to a ten-year-old why the sky is blue in the day and red in the evening.",

@@ -23,8 +23,8 @@ from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
 from speculators.prompts import Prompt
 from speculators.registry import Registry
-from speculators.sources import Access, LocalLocation, parse
-from speculators.sources.locations import HubLocation
+from speculators.sources import Access, HubLocation, LocalLocation, parse
+from speculators.sources.hub import COMMIT
 from speculators.table import Table
 from speculators.verifier import Verifier
 
@@ -119,7 +119,7 @@ def validate_model(
     diagnose: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
-    offline: bool | None = None,
+    offline: bool = False,
     progress: Progress = unheard,
     registry: Registry | None = None,
     **algorithm_kwargs: Any,
@@ -137,7 +137,7 @@ def validate_model(
             trained with; only at the level ``"acceptance"``.
         token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
         cache_dir: Where downloads are kept; huggingface_hub's cache by default.
-        offline: Whether nothing but the cache may be used; ``HF_HUB_OFFLINE`` says it by default.
+        offline: Whether nothing but the cache may be used, as where ``HF_HUB_OFFLINE`` says so.
         progress: Called with what is being done, and how many bytes of it are done of how many.
         registry: Where to look for algorithms; the installed plugins by default.
         **algorithm_kwargs: The options with which ``source`` was converted.
@@ -180,26 +180,29 @@ def _named_verifier(converted: Checkpoint, block: Mapping[str, Any]) -> str:
     named = reference.get("name_or_path") if isinstance(reference, dict) else None
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
+    read = _provenance(converted)
+    repository, _, folder = named.partition(":")
+    if read.get("repository") == repository and COMMIT.fullmatch(str(read.get("commit"))):
+        return f"hf://{repository}@{read['commit']}/{folder}"
+    location = parse(named)
     trusted = (HubLocation,) if converted.place.local is None else (HubLocation, LocalLocation)
-    if not isinstance(parse(named), trusted):
+    if not isinstance(location, trusted):
         raise CheckpointError(
-            f"the config of {converted.name} names {parse(named).name} as its verifier; "
+            f"the config of {converted.name} names {location.name} as its verifier; "
             "pass it with --verifier if you trust it"
         )
-    return _at_its_commit(named, converted)
+    return named
 
 
-def _at_its_commit(named: str, converted: Checkpoint) -> str:
-    """Add the commit that was converted with, where the output's provenance names it for the same repository."""
-    location = parse(named)
-    if not isinstance(location, HubLocation) or location.revision or not converted.place.has(PROVENANCE_FILE):
-        return named
-    path = converted.place.path(PROVENANCE_FILE)
-    read = read_json(path).get("verifier")
-    if not isinstance(read, dict) or read.get("repository") != location.repository:
-        return named
-    folder = f":{location.path}" if location.path else ""
-    return f"{location.repository}@{read.get('commit')}{folder}"
+def _provenance(converted: Checkpoint) -> Mapping[str, Any]:
+    """Return what an output says about the verifier that it was converted with, as far as it can be read."""
+    if not converted.place.has(PROVENANCE_FILE):
+        return {}
+    try:
+        read = read_json(converted.place.path(PROVENANCE_FILE)).get("verifier")
+    except CheckpointError:
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def check(

@@ -15,8 +15,6 @@ from speculators.sources import Access
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_ACCESS = Access()
-
 TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
 """Where multimodal configs keep the language model's; the last is an old vLLM draft's."""
 
@@ -43,6 +41,8 @@ SHARED_TENSORS: Mapping[str, tuple[str, ...]] = {
 class Verifier:
     """A base model, of which only ``config.json`` is read until a tensor is asked for.
 
+    Its ``name`` is what messages call it, and ``reference`` what engines find it under: it goes into the output.
+
     Args:
         location: A path, a Hugging Face ID or a URL, as the user gave it.
         access: How to reach it, if it lies elsewhere.
@@ -51,17 +51,17 @@ class Verifier:
         CheckpointError: Not a checkpoint, or its config lacks a size that is needed.
     """
 
-    def __init__(self, location: str | Path, access: Access = DEFAULT_ACCESS) -> None:
-        self._checkpoint = Checkpoint.at(location, access, partly=True)
-        self.name = self._checkpoint.name
-        self.reference = self._checkpoint.place.reference
-        self.text = text_config(self._checkpoint.config)
+    def __init__(self, location: str | Path, access: Access | None = None) -> None:
+        self.checkpoint = Checkpoint.at(location, access or Access(), partly=True)
+        self.name = self.checkpoint.name
+        self.reference = self.checkpoint.place.reference
+        self.text = text_config(self.checkpoint.config)
         self.hidden_size = self._size("hidden_size", "n_embd")
         self.vocab_size = self._size("vocab_size")
         self.num_layers = self._size("num_hidden_layers", "n_layer")
         stated = "max_position_embeddings" in self.text
         self.max_positions: int | None = self._size("max_position_embeddings") if stated else None
-        self.architectures: list[str] = self._checkpoint.config.get("architectures") or []
+        self.architectures: list[str] = self.checkpoint.config.get("architectures") or []
         if not isinstance(self.architectures, list) or not all(isinstance(name, str) for name in self.architectures):
             raise CheckpointError(f"{self.name}: config.json says architectures {self.architectures!r}, expected names")
 
@@ -96,16 +96,6 @@ class Verifier:
             raise CheckpointError(f"transformers cannot load the verifier {self.name}: {error}") from error
 
     @property
-    def identity(self) -> Mapping[str, object]:
-        """What the output's provenance says about it."""
-        return self._checkpoint.place.identity
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """Its files, weights or not."""
-        return self._checkpoint
-
-    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the shareable tensors by role, as the config implies them."""
         return dict.fromkeys(SHARED_TENSORS, (self.vocab_size, self.hidden_size))
@@ -113,7 +103,7 @@ class Verifier:
     @cached_property
     def weights(self) -> Checkpoint | None:
         """The verifier's checkpoint if it holds weights; a config alone is enough for many drafts."""
-        return self._checkpoint if self._checkpoint.has_weights else None
+        return self.checkpoint if self.checkpoint.has_weights else None
 
     def find(self, role: str) -> str | None:
         """Name the tensor that plays ``role``; ``None`` when there is none, or no weights at all.

@@ -36,6 +36,16 @@ def read_tensors(folder: Path) -> Tensors:
     return tensors
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read all files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> bytes:
+    """Read the weight file of an output."""
+    return (folder / "model.safetensors").read_bytes()
+
+
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Tensors, layout: str = "safetensors") -> Path:
     """Write a checkpoint in one of the layouts that training code leaves behind."""
     folder.mkdir(parents=True)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -342,8 +345,8 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    """A server that is the Hub, and a cache of its own, without a login."""
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that is the Hub, to which nobody is logged in."""
     running = Server()
     monkeypatch.setenv("HF_ENDPOINT", running.url)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -352,3 +355,23 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         yield running
     finally:
         running.close()
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(server: Server, tmp_path: Path) -> Iterator[Start]:
+    """Start the command with its output as text; whatever still runs at the end is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "speculators", *map(str, arguments)]
+        environment = {**os.environ, **variables}
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield begin
+    for each in running:
+        each.kill()
+        each.communicate()

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from speculators import CheckpointError
-from speculators.sources.locations import HubLocation, LocalLocation, Location, UrlLocation, parse, redacted
+from speculators.sources.locations import (
+    HubLocation,
+    LocalLocation,
+    Location,
+    UrlLocation,
+    parse,
+    redacted,
+    redacted_text,
+)
 
 HUB = "https://huggingface.co"
 MIRROR = "http://mirror.example:8080/hf"
@@ -125,13 +133,14 @@ def test_a_mirror_takes_the_place_of_the_hub(text: str, expected: object, monkey
         (" ", "is no place of a checkpoint"),
         ("https:/host/x", "'https:/' is no place of a checkpoint; write https://"),
         ("reference://x/y", "reference:// with another address in it is not read"),
-        ("simplecache::s3://bucket/x", "no place of a checkpoint|not read|expected org/name"),
+        ("simplecache::s3://bucket/x", "simplecache:// with another address in it is not read"),
         ("org/name@", "is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder"),
         ("org/name:", "is no Hugging Face ID"),
         ("org/na\nme", "is no place of a checkpoint"),
         ("file://", "names no path"),
         ("https://huggingface.co", "is no page of a repository of models"),
         ("s3://bucket/x::http://host/y", "with another address in it is not read"),
+        ("s3://", "s3:// names no place; expected s3://…/FOLDER"),
         ("http://host:port/x", "is no URL"),
         ("http://[::1/x", "is no URL"),
         ("file://other/data", "names the machine 'other'"),
@@ -152,6 +161,9 @@ def test_what_has_no_meaning_is_refused(text: str, message: str) -> None:
         ("https://host/a?sig=secret&se=2026", "https://host/a"),
         ("https://secret@host/a", "https://host/a"),
         ("https://host:80/a@b/c", "https://host:80/a@b/c"),
+        ("http://[::1]:8000/a", "http://[::1]:8000/a"),
+        ("http://user:secret@[2001:db8::1]/a", "http://[2001:db8::1]/a"),
+        ("http://host/a::b", "http://host/a::b"),
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
         ("sftp://me@host/a", "sftp://me@host/a"),
@@ -178,6 +190,7 @@ def test_secrets_of_an_address_are_not_shown(url: str, shown: str) -> None:
         "hf://user:secret@-org/name",
         "hf://datasets/x?secret",
         "zip://x::s3://key:secret@bucket/x.zip",
+        "simplecache::s3://key:secret@bucket/x",
     ],
 )
 def test_not_even_of_one_that_cannot_be_read(url: str) -> None:
@@ -185,6 +198,18 @@ def test_not_even_of_one_that_cannot_be_read(url: str) -> None:
         parse(url)
 
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_whose_name_ends_in_a_blank_is_found(working_folder: Path) -> None:
+    (working_folder / "head ").mkdir()
+
+    assert parse("head ") == LocalLocation(Path("head "), "head ", bare=True)
+
+
+def test_an_address_in_a_text_is_redacted() -> None:
+    text = "Got unexpected argument (http://me:se)cret@host/x) and 's3://k:secret@b/y?token=secret'"
+
+    assert redacted_text(text) == "Got unexpected argument (http://host/x) and 's3://b/y'"
 
 
 @pytest.mark.parametrize("endpoint", ["huggingface.co", "nonsense", "ftp://host", "http://"])

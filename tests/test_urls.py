@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,16 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from checkpoints import DATA, VERIFIER, Copy
+from checkpoints import DATA, VERIFIER, Copy, contents, weights
 from click.testing import CliRunner
-from serving import Fault, Server
+from serving import Fault, Server, Start
 
 from speculators import CheckpointError, ConversionResult, convert_model, validate_model
 from speculators.cli import cli
 from speculators.sources import remote, web
+
+# Where a test looks at warnings, it would see those about files that are closed when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 Convert = Callable[..., ConversionResult]
 
@@ -48,14 +48,6 @@ def convert(site: Server, tmp_path: Path) -> Convert:
         return convert_model(places[0], verifier=places[1], output_path=tmp_path / out, **more)
 
     return run
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -153,7 +145,7 @@ def test_what_has_no_version_is_fetched_each_time(
 
     assert weights(tmp_path / "out") != before
     convert(self_contained=True, offline=True, out="again")
-    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_of_what_has_no_version_no_parts_are_read(site: Server, convert: Convert, tmp_path: Path, local: bytes) -> None:
@@ -195,14 +187,15 @@ def test_a_file_that_came_without_its_length_is_fetched_each_time(
 
 
 @pytest.mark.parametrize("etags", [True, False])
-def test_many_programs_at_once_share_the_cache(etags: bool, site: Server, tmp_path: Path) -> None:
+def test_programs_at_once_share_the_cache(etags: bool, site: Server, start: Start, tmp_path: Path) -> None:
     site.etags = etags
-    command = [sys.executable, "-m", "speculators", "convert", f"{site.url}/files/eagle3"]
-    command += ["--verifier", f"{site.url}/files/verifier", "--self-contained", "--no-validate"]
-    command += ["--cache-dir", str(tmp_path / "cache"), "--output-path"]
-    running = [subprocess.Popen([*command, str(tmp_path / f"out{number}")]) for number in range(3)]
+    places = (f"{site.url}/files/eagle3", "--verifier", f"{site.url}/files/verifier", "--cache-dir", tmp_path / "cache")
+    running = [
+        start("convert", *places, "--self-contained", "--no-validate", "--output-path", tmp_path / f"out{number}")
+        for number in range(3)
+    ]
 
-    assert [each.wait(60) for each in running] == [0, 0, 0]
+    assert [each.wait(90) for each in running] == [0, 0, 0]
 
     assert weights(tmp_path / "out0") == weights(tmp_path / "out1") == weights(tmp_path / "out2")
 
@@ -226,7 +219,7 @@ def test_a_cached_conversion_needs_no_server(site: Server, convert: Convert, tmp
 
     convert(validate=True, self_contained=True, out="again", offline=True)
 
-    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
     assert not site.requests
 
 
@@ -237,7 +230,7 @@ def test_offline_it_is_said_what_the_cache_has(site: Server, convert: Convert, t
         convert(offline=True)
     convert()
 
-    with pytest.raises(CheckpointError, match=r"verifier/model\.safetensors is not in the cache.*has config\.json"):
+    with pytest.raises(CheckpointError, match=r"verifier/model\.safetensors: bytes 0 to 65536 are not in the cache.*run"):
         convert(offline=True, self_contained=True)
 
 
@@ -374,20 +367,18 @@ def test_a_login_of_the_hub_is_not_sent_to_others(
     assert {request.authorization for request in site.requests} == {None}
 
 
-def test_no_secret_is_printed(site: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variables", [{}, {"HF_DEBUG": "1"}])
+def test_no_secret_is_printed(variables: dict[str, str], site: Server, start: Start, tmp_path: Path) -> None:
     site.users["files"] = "me:other"
     address = f"{site.url.replace('://', '://me:s3cret@')}/files/eagle3?token=s3cret"
-    command = [sys.executable, "-m", "speculators", "convert", address, "--verifier", str(VERIFIER)]
-    command += ["--cache-dir", str(tmp_path / "cache"), "--output-path", str(tmp_path / "out")]
+    places = (address, "--verifier", VERIFIER, "--cache-dir", tmp_path / "cache", "--output-path", tmp_path / "out")
 
-    for debug in ({}, {"HF_DEBUG": "1"}):
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **debug}, check=False)
+    said = (running := start("convert", *places, **variables)).communicate(timeout=90)[1]
 
-        assert result.returncode == 3
-        assert "the server refuses it" in result.stderr
-        if not debug:
-            assert "s3cret" not in result.stdout + result.stderr
-            assert result.stderr.count("\n") == 1
+    assert running.returncode == 3
+    assert "the server refuses it" in said
+    assert "s3cret" not in said
+    assert said.count("\n") == 1 or variables
 
 
 @pytest.fixture
@@ -469,11 +460,12 @@ def test_no_address_in_the_log_shows_its_secrets(
     assert "s3cret" not in caplog.text
 
 
-def test_a_page_of_html_is_no_file(site: Server, convert: Convert) -> None:
+@pytest.mark.parametrize("start", [b"<!doctype html>", b"\n <html>", b"\xef\xbb\xbf<html>"])
+def test_a_page_of_html_is_no_file(start: bytes, site: Server, convert: Convert) -> None:
     """Some servers answer 200 with a page to whatever they do not have."""
     page: dict[str, str | None] = {"Content-Type": "text/html"}
     site.faults = [
-        Fault(f"eagle3/model.safetensors{end}$", times=99, body=b"<!doctype html>", as_status=200, headers=page)
+        Fault(f"eagle3/model.safetensors{end}$", times=99, body=start, as_status=200, headers=page)
         for end in (".index.json", "")
     ]
 
@@ -552,7 +544,7 @@ def test_a_cache_that_cannot_be_written_but_has_all_is_enough(
     monkeypatch.setattr(remote, "keep", refuse)
     convert(self_contained=True, validate=True, out="again")
 
-    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_no_command_repeats_a_password(site: Server, tmp_path: Path) -> None:
@@ -567,6 +559,29 @@ def test_no_command_repeats_a_password(site: Server, tmp_path: Path) -> None:
     assert f"Converted {site.url}/files/eagle3 with eagle3" in good.output
     assert "Got unexpected extra argument" in wrong.output
     assert "s3cret" not in good.output + wrong.output
+
+
+@pytest.mark.parametrize("host", ["...", "ü..de", "a" * 300, "[v1.x]"])
+def test_an_address_that_cannot_be_one_is_said(host: str, convert: Convert) -> None:
+    with pytest.raises(CheckpointError, match=r"is at no valid address|is no URL"):
+        convert(f"http://{host}/x")
+
+
+def test_a_redirect_to_no_address_is_said(site: Server, convert: Convert) -> None:
+    site.faults.append(Fault("config.json$", body=b"", as_status=302, headers={"Location": "http://.../x"}, times=9))
+
+    with pytest.raises(CheckpointError, match=r"config\.json is at no valid address, or redirected to one that is not"):
+        convert()
+
+
+@NO_VERSION
+def test_offline_it_is_known_which_files_there_were(site: Server, convert: Convert, tmp_path: Path) -> None:
+    site.etags = False
+    convert()
+
+    convert(offline=True, out="again")
+
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_the_command_says_what_is_wrong_with_an_address(tmp_path: Path) -> None:

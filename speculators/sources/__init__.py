@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
-from speculators.sources.folders import Folder, LocalFolder, UrlFolder, below, split_url
-from speculators.sources.locations import HubLocation, LocalLocation, UrlLocation, as_id, local_path, parse
-from speculators.sources.remote import RemoteFile
+from speculators.sources.folders import Folder, LocalFolder, Server, UrlFolder
+from speculators.sources.locations import HubLocation, LocalLocation, UrlLocation, as_id, local_path, parse, split_url
 
-if TYPE_CHECKING:
-    from speculators.sources.filesystems import Driver
-
-__all__ = ["Access", "Folder", "LocalFolder", "LocalLocation", "find", "local_path", "parse"]
+__all__ = ["Access", "Folder", "HubLocation", "LocalFolder", "LocalLocation", "find", "local_path", "parse"]
 
 
 def find(location: str | Path, access: Access, *, partly: bool, suffixes: Collection[str]) -> Folder:
@@ -45,7 +39,20 @@ def find(location: str | Path, access: Access, *, partly: bool, suffixes: Collec
         from speculators.sources.hub import HubFolder
 
         return HubFolder(found, access, partly=partly, suffixes=suffixes)
-    return _at_url(found, access, partly=partly, suffixes=suffixes)
+    url, file = split_url(found.url, suffixes)
+    name, _ = split_url(found.name, suffixes)
+    cache = access.own_cache / "url" / hashlib.sha256(url.encode()).hexdigest()[:24]
+    return UrlFolder(name, file, cache=cache, server=_server(found, url, name), access=access, partly=partly)
+
+
+def _server(location: UrlLocation, url: str, name: str) -> Server:
+    if location.scheme in ("http", "https"):
+        from speculators.sources.web import WebServer
+
+        return WebServer(url, name, location.user)
+    from speculators.sources.filesystems import Driver
+
+    return Driver(url, name)
 
 
 def _require_one_meaning(location: LocalLocation, access: Access) -> None:
@@ -59,31 +66,3 @@ def _require_one_meaning(location: LocalLocation, access: Access) -> None:
             f"{location.given} is both a folder here and a repository of the Hub; "
             f"write ./{location.given} or hf://{location.given}"
         )
-
-
-def _at_url(location: UrlLocation, access: Access, *, partly: bool, suffixes: Collection[str]) -> Folder:
-    url, file = split_url(location.url, suffixes)
-    name, _ = split_url(location.name, suffixes)
-
-    def on_web(file: str) -> RemoteFile:
-        from speculators.sources.web import WebFile, basic_authorization
-
-        headers = basic_authorization(location.user) if location.user else {}
-        return WebFile(below(url, file), f"{name}/{file}", headers)
-
-    @cache
-    def driver() -> Driver:
-        from speculators.sources.filesystems import Driver
-
-        return Driver(url, name)
-
-    web = location.scheme in ("http", "https")
-    return UrlFolder(
-        name,
-        file,
-        cache=access.own_cache / "url" / hashlib.sha256(url.encode()).hexdigest()[:24],
-        remote=on_web if web else lambda file: driver().file(file),
-        listing=tuple if web else lambda: driver().names(),
-        access=access,
-        partly=partly,
-    )

@@ -10,9 +10,6 @@ from pathlib import Path
 from speculators.errors import CheckpointError
 from speculators.progress import Progress, unheard
 
-_TRUE = {"1", "ON", "YES", "TRUE"}
-"""What huggingface_hub takes for a yes in an environment variable."""
-
 
 @dataclass(frozen=True)
 class Access:
@@ -21,13 +18,13 @@ class Access:
     Args:
         token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
         cache_dir: Where downloads are kept; huggingface_hub's cache by default (``HF_HOME``, ``HF_HUB_CACHE``).
-        offline: Whether nothing but that cache may be used; ``HF_HUB_OFFLINE`` says it by default.
+        offline: Whether nothing but that cache may be used; it may not in any case where ``HF_HUB_OFFLINE`` says so.
         progress: Told about the bytes that were downloaded.
     """
 
     token: str | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
-    offline: bool | None = None
+    offline: bool = False
     progress: Progress = unheard
 
     @property
@@ -47,12 +44,10 @@ class Access:
     @property
     def is_offline(self) -> bool:
         """Whether nothing may be fetched."""
-        if self.offline is not None:
-            return self.offline
         from huggingface_hub import constants
 
         said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-        return constants.HF_HUB_OFFLINE or said.upper() in _TRUE
+        return self.offline or constants.HF_HUB_OFFLINE or said.upper() in constants.ENV_VARS_TRUE_VALUES
 
     @property
     def hub_cache(self) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from speculators.errors import CheckpointError
-from speculators.sources.locations import is_inside
+from speculators.sources.locations import is_name
 from speculators.sources.remote import ContradictionError, NotFoundError, Stat, TransientError
 
-CHUNK = 8 << 20
+AT_ONCE = 8 << 20
 """Bytes asked of a driver at a time."""
 
 
@@ -23,24 +24,30 @@ TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "creat
 
 
 class Driver:
-    """The driver of fsspec for a folder.
+    """A folder that a driver of fsspec reads.
 
     Args:
         url: The folder.
         name: What messages call it.
-
-    Raises:
-        CheckpointError: No driver is installed for it, which names the package; or it cannot begin.
     """
 
     def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._name = name
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The `fsspec.AbstractFileSystem`, and its own path of the folder.
+
+        Raises:
+            CheckpointError: No driver is installed for it, which names the package; or it cannot begin.
+        """
         import fsspec
         from fsspec.registry import known_implementations
 
-        scheme = url.partition("://")[0]
-        self._name = name
+        scheme, name = self._url.partition("://")[0], self._name
         try:
-            self._driver, self._path = fsspec.core.url_to_fs(url)
+            driver, path = fsspec.core.url_to_fs(self._url)
         except ImportError:
             hint = known_implementations.get(scheme, {}).get("err") or "its package could not be imported"
             raise CheckpointError(f"{name}: the driver for {scheme}:// is not installed ({hint})") from None
@@ -50,18 +57,21 @@ class Driver:
                     f"{name}: no installed package reads {scheme}://; expected a local path, a Hugging Face ID, "
                     "hf://, http://, https://, or what a driver of fsspec reads (s3://, gs://, …)"
                 ) from None
-            raise CheckpointError(f"{name} cannot be reached: {shown(error)}") from None
+            raise CheckpointError(f"{name} cannot be reached: {_why(error)}") from None
+        return driver, path.rstrip("/")
 
     def file(self, name: str) -> DriverFile:
         """Return a file in the folder."""
-        return DriverFile(self._driver, f"{self._path.rstrip('/')}/{name}", f"{self._name}/{name}")
+        driver, path = self._opened
+        return DriverFile(driver, f"{path}/{name}", f"{self._name}/{name}")
 
     def names(self) -> Collection[str]:
         """Return the names of the files in the folder."""
+        driver, path = self._opened
         try:
             with _told(self._name):
-                names = [path.rpartition("/")[2] for path in self._driver.ls(self._path, detail=False)]
-                return [name for name in names if is_inside(name)]
+                names = [found.rpartition("/")[2] for found in driver.ls(path, detail=False)]
+                return [name for name in names if is_name(name)]
         except (NotFoundError, TransientError):
             return ()
 
@@ -100,7 +110,7 @@ class DriverFile:
     def read(self, start: int, stop: int | None) -> Iterator[bytes]:
         """Yield the bytes, some MiB at a time."""
         while stop is None or start < stop:
-            end = start + CHUNK if stop is None else min(stop, start + CHUNK)
+            end = start + AT_ONCE if stop is None else min(stop, start + AT_ONCE)
             with _told(self.name):
                 chunk: bytes = self.driver.cat_file(self.path, start=start, end=end)
             if not chunk:
@@ -125,12 +135,12 @@ def _told(name: str) -> Iterator[None]:
             f"{name}: the server refuses it; the driver takes credentials from its own configuration"
         ) from None
     except (OSError, EOFError) as error:
-        raise TransientError(shown(error)) from None
+        raise TransientError(_why(error)) from None
     except Exception as error:  # noqa: BLE001 - drivers raise whatever their libraries do
-        raise CheckpointError(f"{name} cannot be read: {shown(error)}") from None
+        raise CheckpointError(f"{name} cannot be read: {_why(error)}") from None
 
 
-def shown(error: Exception) -> str:
+def _why(error: Exception) -> str:
     """Return the kind of an error, and what the system calls it."""
     meaning = error.strerror if isinstance(error, OSError) else None
     return f"{type(error).__name__}{f': {meaning}' if meaning else ''}"

@@ -14,11 +14,10 @@ from functools import cache as cache_calls
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
-from speculators.sources.locations import LocalLocation, is_inside, redacted
+from speculators.sources.locations import LocalLocation
 from speculators.sources.remote import (
     NoRangesError,
     NotFoundError,
@@ -71,6 +70,7 @@ class Folder(Protocol):
         """Open a weight file; where parts are enough and can be had, only they are fetched.
 
         Raises:
+            FileNotFoundError: It is not in the folder.
             CheckpointError: It cannot be had, or is damaged.
         """
 
@@ -94,7 +94,7 @@ class LocalFolder:
         CheckpointError: It does not exist.
     """
 
-    def __init__(self, location: LocalLocation, expected: str = "a folder with config.json and weights") -> None:
+    def __init__(self, location: LocalLocation) -> None:
         self.name = location.name
         path = location.path
         try:
@@ -102,9 +102,10 @@ class LocalFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is no path that this system knows: {error}") from error
         if not exists:
-            raise CheckpointError(f"{location.name} does not exist; expected {expected}")
+            raise CheckpointError(f"{location.name} does not exist; expected a folder with config.json and weights")
+        self._whole = folder
         self._folder = path if folder else path.parent
-        self.file = None if folder else path.name
+        self.file = None if folder or path.name == "config.json" else path.name
 
     @property
     def local(self) -> Path:
@@ -120,7 +121,9 @@ class LocalFolder:
         return sorted(entry.name for entry in self._folder.iterdir())
 
     def path(self, name: str) -> Path:
-        """Return where a file lies, or would lie."""
+        """Return where a file lies."""
+        if not self.has(name):
+            raise FileNotFoundError(name)
         return self._folder / name
 
     def open(self, name: str, opener: Opener) -> WeightFile:
@@ -135,12 +138,12 @@ class LocalFolder:
     @property
     def reference(self) -> str:
         """Its path as the user gave it, or that of the folder of a file."""
-        return self.name if self.file is None else str(Path(self.name).parent)
+        return self.name if self._whole else str(Path(self.name).parent)
 
     @property
     def identity(self) -> Mapping[str, object]:
         """Its name; the rest of its path is the machine's business."""
-        return {"folder": self._folder.absolute().name} | ({"file": self.file} if self.file else {})
+        return {"folder": self._folder.resolve().name} | ({"file": self.file} if self.file else {})
 
 
 def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], WeightFile]) -> WeightFile:
@@ -169,6 +172,16 @@ def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], We
         return give_up()
 
 
+class Server(Protocol):
+    """Where the files of a folder come from."""
+
+    def file(self, name: str) -> RemoteFile:
+        """Return a file in the folder."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all files, nothing where the server does not list them."""
+
+
 class UrlFolder:
     """A folder on a server, of which only those names are known that it was asked for.
 
@@ -176,8 +189,7 @@ class UrlFolder:
         name: What messages call it.
         file: The one weight file that was named, if one was.
         cache: Where what is fetched of it is kept.
-        remote: Name of a file → its transport.
-        listing: Returns the names of all files, where the server lists them.
+        server: Where its files come from.
         access: How to reach it.
         partly: Whether weights are to be fetched in parts.
     """
@@ -188,17 +200,17 @@ class UrlFolder:
         file: str | None,
         *,
         cache: Path,
-        remote: Callable[[str], RemoteFile],
-        listing: Callable[[], Collection[str]],
+        server: Server,
         access: Access,
         partly: bool,
     ) -> None:
         self.name = name
         self.file = file
         self._cache = cache
-        self._remote = cache_calls(remote)  # it compares what the server says from one answer to the next
-        self._list = listing
-        self._access = access
+        self._server = server
+        self._remote = cache_calls(server.file)  # a file compares what the server says from one answer to the next
+        self._progress = access.progress
+        self._offline = access.is_offline
         self._partly = partly
         self._stats: dict[str, Stat | None] = {}
         self._listed: Collection[str] | None = None
@@ -222,7 +234,7 @@ class UrlFolder:
     def listing(self) -> Collection[str]:
         """Return the names that the server lists, or those that it was asked for and has."""
         if self._listed is None:
-            self._listed = self._noted.listing if self._access.is_offline else self._list()
+            self._listed = self._noted.listing if self._offline else self._server.names()
             self._note()
         return sorted(self._listed or (name for name, stat in self._stats.items() if stat))
 
@@ -230,14 +242,14 @@ class UrlFolder:
         """Return where a file is kept, fetched first unless the same version is here."""
         if name not in self._paths:
             stat = self._required(name)
-            if self._access.is_offline:
+            if self._offline:
                 if not self._place(name, stat).exists():
                     raise self._not_cached(name)
             elif stat.version is None or stat.size is None:
-                version = download_anew(self._remote(name), stat, self._cache / name, progress=self._access.progress)
+                version = download_anew(self._remote(name), stat, self._cache / name, progress=self._progress)
                 stat = self._stats[name] = replace(stat, version=f"sha256 {version}")
             else:
-                download(self._remote(name), stat, self._place(name, stat), progress=self._access.progress)
+                download(self._remote(name), stat, self._place(name, stat), progress=self._progress)
             self._paths[name] = self._place(name, stat)
             self._note()
         return self._paths[name]
@@ -249,9 +261,10 @@ class UrlFolder:
         if name in self._paths or place.exists() or not self._partly or not name.endswith(".safetensors"):
             return opener(self.path(name))
         kept = place.with_name("pieces")
-        if self._access.is_offline:
-            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size or 0)
-        self._note()
+        if self._offline:
+            if stat.version is None or stat.size is None:
+                raise self._not_cached(name)
+            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size)
         return open_partly(self._remote(name), stat, kept, lambda: opener(self.path(name)))
 
     @contextmanager
@@ -281,12 +294,14 @@ class UrlFolder:
 
     def _stat(self, name: str) -> Stat | None:
         if name not in self._stats:
-            self._stats[name] = self._known(name) if self._access.is_offline else self._asked(name)
+            self._stats[name] = self._known(name) if self._offline else self._asked(name)
+            self._note()
         return self._stats[name]
 
     def _asked(self, name: str) -> Stat | None:
         try:
-            return patiently(self._remote(name))
+            file = self._remote(name)
+            return patiently(file.stat, file.name, "the address and the network")
         except NotFoundError:
             return None
         except UnreachableError as error:
@@ -311,10 +326,9 @@ class UrlFolder:
 
     def _note(self) -> None:
         """Note what this run learnt; what earlier ones did, unless anything has changed since."""
-        if self._access.is_offline:
+        if self._offline:
             return
-        known = {name: stat for name, stat in self._stats.items() if stat is None or stat.version is not None}
-        earlier = self._noted
+        known, earlier = self._stats, self._noted
         if all(earlier.files[name] == stat for name, stat in known.items() if name in earlier.files):
             known = {**earlier.files, **known}
         files = {name: None if stat is None else vars(stat) for name, stat in sorted(known.items())}
@@ -346,28 +360,3 @@ class Noted:
 
     files: Mapping[str, Stat | None]
     listing: Collection[str]
-
-
-def split_url(url: str, suffixes: Collection[str]) -> tuple[str, str | None]:
-    """Return the folder that a URL means, and the weight file if it names one.
-
-    Raises:
-        CheckpointError: The file's name could lead elsewhere.
-    """
-    address, mark, query = url.partition("?")
-    address = address.rstrip("/")
-    folder, _, last = address.rpartition("/")
-    if last == "config.json":
-        return f"{folder}{mark}{query}", None
-    if not last.endswith(tuple(suffixes)):
-        return f"{address}{mark}{query}", None
-    name = unquote(last)
-    if "/" in name or not is_inside(name):
-        raise CheckpointError(f"{redacted(url)} names no file: {name!r} is no name of one")
-    return f"{folder}{mark}{query}", name
-
-
-def below(folder: str, name: str) -> str:
-    """Return the URL of a file in a folder, with the folder's query."""
-    parts = urlsplit(folder)
-    return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))

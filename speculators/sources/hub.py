@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
@@ -26,24 +25,28 @@ from speculators.sources.folders import Opener, open_partly
 from speculators.sources.locations import HubLocation, is_inside
 from speculators.sources.remote import (
     FIRST_RETRIES,
-    NotFoundError,
     Pieces,
     RemoteSafetensors,
     Stat,
     TransientError,
     UnreachableError,
     download,
+    feed,
     note,
     patiently,
-    pause,
     storing,
 )
-from speculators.sources.web import PASSING, TIMEOUT, WebFile, asked_pause, http_error, reason
+from speculators.sources.web import PASSING, TIMEOUT, WebFile, asked_pause, bad_address, http_error, reason
 from speculators.weights import WeightFile
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""The full hash of a commit."""
+
 LOOK = 3.0
 """Seconds for a look whether a name that is a local folder is also one of the Hub."""
+
+_SILENT: set[str] = set()
+"""Hubs that did not answer a look in time; this process does not wait for them again."""
 
 _SHOWN = 6
 """How many names a message lists."""
@@ -73,6 +76,8 @@ class HubFolder:
         self._away = access.is_offline
         self.commit, files = self._cached() if self._away else self._asked()
         inside, self.file = location.path, None
+        if inside == "config.json" or inside.endswith("/config.json"):
+            inside = inside.rpartition("/")[0]
         if inside in files and inside.endswith(self._suffixes):
             inside, _, self.file = inside.rpartition("/")
         self._inside = f"{inside}/" if inside else ""
@@ -121,26 +126,24 @@ class HubFolder:
 
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file, in parts where that was asked for and the format allows it."""
-        whole = self._snapshot / f"{self._inside}{name}"
-        if whole.exists() or not self._partly or not name.endswith(".safetensors"):
-            return opener(self.path(name))
+        if not self.has(name):
+            raise FileNotFoundError(name)
         inside = f"{self._inside}{name}"
+        if (self._snapshot / inside).exists() or not self._partly or not name.endswith(".safetensors"):
+            return opener(self.path(name))
         kept = self._access.own_cache / "hub" / self._storage.name / self.commit / inside
-        size = next((int(path.name) for path in kept.glob("size/[0-9]*")), None)
-        if size is None and self._away:
-            raise self._not_cached(name)
+        size, ranges = next((int(path.name) for path in kept.glob("size/[0-9]*")), None), True
         file = self._web(inside, size)
-        if size is not None:
-            pieces = Pieces(None if self._away else file, file.name, kept)
-            return RemoteSafetensors(pieces, size, lambda: opener(self.path(name)))
-        try:
-            stat = patiently(file)
-        except NotFoundError:
-            raise CheckpointError(f"{self.name} has no {name}") from None
-        if stat.ranges and stat.size is not None:
-            note(kept / "size" / str(stat.size), b"")
-        pinned = replace(stat, version=self.commit)
-        return open_partly(file, pinned, kept, lambda: opener(self.path(name)))
+        if self._away:
+            if size is None:
+                raise self._not_cached(name)
+            return RemoteSafetensors(Pieces(None, file.name, kept), size)
+        if size is None:
+            stat = patiently(file.stat, file.name, "the network")
+            size, ranges = stat.size, stat.ranges
+            if ranges and size is not None:
+                note(kept / "size" / str(size), b"")
+        return open_partly(file, Stat(size, self.commit, ranges), kept, lambda: opener(self.path(name)))
 
     @contextmanager
     def gathered(self, names: Collection[str]) -> Iterator[Path]:
@@ -189,7 +192,7 @@ class HubFolder:
             self._away = True
             warnings.warn(f"{error}; the cached commit {commit} is used", stacklevel=2)
             return commit, files
-        if not _COMMIT.fullmatch(info.sha or ""):
+        if not COMMIT.fullmatch(info.sha or ""):
             raise CheckpointError(f"{location.hub} names no commit of {self.name}; is it a Hub?")
         files = sorted(each.rfilename for each in info.siblings or () if is_inside(each.rfilename))
         note(self._listed_in(info.sha), json.dumps(files).encode())
@@ -202,10 +205,10 @@ class HubFolder:
     def _cached(self) -> tuple[str, list[str]]:
         revision = self._location.revision or "main"
         commit = revision
-        if not _COMMIT.fullmatch(revision):
+        if not COMMIT.fullmatch(revision):
             reference = self._storage / "refs" / revision
             commit = reference.read_text(errors="replace").strip() if reference.is_file() else ""
-            if not _COMMIT.fullmatch(commit):
+            if not COMMIT.fullmatch(commit):
                 commit = ""
         files: list[str] = []
         if commit:
@@ -246,7 +249,9 @@ class HubFolder:
         url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
         told = self._patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT, **common))
         if told.etag is None or not re.fullmatch(r"[\w-][\w.+=-]{0,199}", told.etag, re.ASCII):
-            raise CheckpointError(f"{location.hub} gives {inside} of {self.name} no ETag; is it a Hub?")
+            raise CheckpointError(
+                f"{location.hub} gives {inside} of {self.name} the ETag {told.etag!r}, which is none; is it a Hub?"
+            )
         blob = self._storage / "blobs" / told.etag
         with storing(blob, told.size):
             if not blob.exists():
@@ -260,14 +265,15 @@ class HubFolder:
             registered = self._patiently(
                 lambda: hub.hf_hub_download(
                     location.repository, inside, revision=self.commit, cache_dir=cache, etag_timeout=TIMEOUT, **common
-                )
+                ),
+                retries=0,  # it makes some itself
             )
         return Path(registered)
 
     def _refer(self) -> None:
         """Note which commit the revision was, as huggingface_hub does, for when nobody can be asked."""
         revision = self._location.revision or "main"
-        if not _COMMIT.fullmatch(revision):
+        if not COMMIT.fullmatch(revision):
             reference = self._storage / "refs" / revision
             note(reference, self.commit.encode())
 
@@ -284,19 +290,9 @@ class HubFolder:
     def _refusal(self) -> str:
         return f"see {self._location.page}, and pass a token that may read it with --token, HF_TOKEN or hf auth login"
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
+    def _patiently(self, ask: Callable[[], Any], retries: int = FIRST_RETRIES) -> Any:
         """Ask the Hub, again where that may help, and say in one line what stands in the way."""
-        tries = 0
-        while True:
-            try:
-                return self._asking(ask)
-            except TransientError as error:
-                if tries >= FIRST_RETRIES:
-                    raise UnreachableError(
-                        f"the Hub at {self._location.hub} cannot be reached ({error}), also in {FIRST_RETRIES} "
-                        "more attempts; check the network"
-                    ) from error
-                tries = pause(tries, error)
+        return patiently(lambda: self._asking(ask), f"the Hub at {self._location.hub}", "the network", retries)
 
     def _asking(self, ask: Callable[[], Any]) -> Any:
         from huggingface_hub import errors
@@ -320,6 +316,8 @@ class HubFolder:
                 f"{location.hub} has no repository {name}, or it is private and not to be seen "
                 f"{'with this token' if self._token else 'without a token'}{here}; check the name{token}"
             ) from error
+        except errors.LocalEntryNotFoundError as error:  # how the library says that it could not ask
+            raise self._refused(error.__cause__) from None
         except errors.EntryNotFoundError as error:
             raise CheckpointError(f"{self.name} does not have a file that it lists; try again") from error
         except errors.HfHubHTTPError as error:
@@ -328,16 +326,20 @@ class HubFolder:
             raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from error
         except (http_error(), ConnectionError) as error:
             raise TransientError(reason(error)) from None
+        except bad_address() as error:
+            raise CheckpointError(f"{location.hub} is no address of a Hub; is HF_ENDPOINT right?") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{location.hub} does not answer like a Hub when asked for {name}") from error
 
     def _refused(self, error: Any) -> Exception:
+        if not hasattr(error, "response"):
+            return TransientError(reason(error) if error else "it does not answer")
         status = error.response.status_code
         if status == 401:
             return CheckpointError(f"{self._location.hub} does not accept the token (status 401); {self._refusal}")
         if status == 403:
             return CheckpointError(f"{self.name} may not be read with this token (status 403); {self._refusal}")
-        if status in PASSING or status >= 500:
+        if status in PASSING:
             return TransientError(f"status {status}", asked_pause(error.response))
         return CheckpointError(
             f"{self._location.hub} answers with status {status} when asked for {self.name}; is HF_ENDPOINT right?"
@@ -359,7 +361,7 @@ def is_known(location: HubLocation, access: Access) -> bool:
     """Tell whether a repository is in the cache or, unless that takes long or is forbidden, on the Hub."""
     if (access.hub_cache / _storage_name(location)).is_dir():
         return True
-    if access.is_offline:
+    if access.is_offline or location.endpoint in _SILENT:
         return False
     from huggingface_hub import HfApi
 
@@ -373,6 +375,8 @@ def is_known(location: HubLocation, access: Access) -> bool:
     looking = Thread(target=look, daemon=True)
     looking.start()
     looking.join(LOOK)
+    if looking.is_alive():
+        _SILENT.add(location.endpoint)
     return bool(found)
 
 
@@ -397,8 +401,5 @@ def _is(path: Path, etag: str) -> bool:
         digests = [hashlib.sha1(start, usedforsecurity=False) for start in (of_git, b"")]
     else:
         return True
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            for digest in digests:
-                digest.update(chunk)
+    feed(path, *digests)
     return any(digest.hexdigest() == etag for digest in digests)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from speculators.errors import CheckpointError
 
@@ -27,6 +27,7 @@ HUB = "https://huggingface.co"
 """The public Hub; ``HF_ENDPOINT`` names another one."""
 
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+"""Hosts of the public Hub's pages."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _HALF_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -144,16 +145,15 @@ def local_path(location: str | Path) -> Path:
         raise CheckpointError(f"{location}: {error}") from error
 
 
-def hub_endpoint(environment: Mapping[str, str] = os.environ) -> str:
+def hub_endpoint() -> str:
     """Return the address of the Hub that the environment names.
 
     Raises:
         CheckpointError: It names something else.
     """
-    endpoint = (environment.get("HF_ENDPOINT") or HUB).rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     if not re.match(r"https?://[^/\s]", endpoint, re.IGNORECASE):
-        said = environment.get("HF_ENDPOINT")
-        raise CheckpointError(f"HF_ENDPOINT is {said!r}; expected an address such as {HUB}")
+        raise CheckpointError(f"HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}; expected an address such as {HUB}")
     return endpoint
 
 
@@ -167,13 +167,15 @@ def parse(location: str | Path) -> Location:
     """
     if isinstance(location, Path):
         return LocalLocation(local_path(location), str(location))
-    text = location.strip()
+    text = location if location.strip() and _exists(local_path(location)) else location.strip()
     if scheme := _SCHEME.match(text):
         return _parse_url(text, scheme[1].lower())
     path = local_path(text)
     exists = bool(text) and _exists(path)
     if not text or not (exists or text.isprintable()):
         raise CheckpointError(f"{text!r} is no place of a checkpoint; expected a path, a Hugging Face ID or a URL")
+    if not exists and "::" in text and "://" in text:
+        raise _led_anywhere(text.partition("::")[0])
     if not exists and (half := _HALF_SCHEME.match(text)):
         if half[1].lower() == "file":
             return _parse_file(urlsplit(text), text)
@@ -190,14 +192,17 @@ def as_id(location: LocalLocation) -> HubLocation | None:
     found = _ID.fullmatch(location.given)
     if not location.bare or not found or found["revision"] or found["path"] or "/" not in location.given:
         return None
-    return HubLocation(location.given, endpoint=hub_endpoint())
+    try:
+        return HubLocation(location.given, endpoint=hub_endpoint())
+    except CheckpointError:  # there is no Hub that could have it
+        return None
 
 
 def redacted(url: str) -> str:
     """Return a URL without user, password, query and fragment, all of which may hold secrets."""
     scheme, _, rest = url.partition("://")
     server, slash, path = rest.partition("/")
-    if "@" not in server and re.search(r":(?!\d*([?#].*)?$)", server):
+    if "@" not in server and re.search(r":(?!\d*([?#].*)?$)", re.sub(r"^\[[^\]]*\]", "", server)):
         # What follows the colon is no port: it must be a password, with a slash or another mark in it.
         _, marked, rest = rest.rpartition("@")
         server, slash, path = rest.partition("/") if marked else ("…", "", "")
@@ -205,6 +210,11 @@ def redacted(url: str) -> str:
     # Some schemes have something else before the @, such as a container; a password follows a colon.
     server = server if user and ":" not in user and scheme.lower() not in ("http", "https") else host
     return re.split(r"[?#]", f"{scheme}://{server}{slash}{path}", maxsplit=1)[0]
+
+
+def redacted_text(text: str) -> str:
+    """Return a text with every URL in it redacted; of one that holds blanks or quotes, no more than its end is kept."""
+    return re.sub(r"\w[\w+.-]*://(?:\S*@)?[^\s()'\"]*", lambda found: redacted(found[0]), text)
 
 
 def _exists(path: Path) -> bool:
@@ -227,10 +237,8 @@ def _parse_url(text: str, scheme: str) -> Location:
             f"{redacted(text)} is no URL: its host or port is not valid; in a user or password, write "
             "/ as %2F, # as %23, ? as %3F and @ as %40"
         ) from None
-    if "::" in text or scheme in WRAPPERS:
-        raise CheckpointError(
-            f"{scheme}:// with another address in it is not read, as it could lead anywhere; copy the files first"
-        )
+    if scheme in WRAPPERS or (scheme not in ("http", "https") and "::" in text):
+        raise _led_anywhere(scheme)
     if scheme == "file":
         return _parse_file(parts, redacted(text))
     if scheme == "hf":
@@ -242,7 +250,9 @@ def _parse_url(text: str, scheme: str) -> Location:
             raise CheckpointError(f"{redacted(text)} names no server")
         address = urlunsplit((scheme, _host(parts), parts.path, parts.query, ""))
         return UrlLocation(address, redacted(text), _user(parts))
-    return UrlLocation(text, redacted(text), _user(parts))
+    if not (parts.netloc or parts.path.strip("/")):
+        raise CheckpointError(f"{redacted(text)} names no place; expected {scheme}://…/FOLDER")
+    return UrlLocation(f"{scheme}{text[len(scheme) :]}", redacted(text), _user(parts))
 
 
 def _user(parts: SplitResult) -> str | None:
@@ -327,8 +337,21 @@ def _hub(repository: str, revision: str | None, path: str, given: str, endpoint:
     return HubLocation(repository, revision, path, endpoint or hub_endpoint())
 
 
+def _led_anywhere(scheme: str) -> CheckpointError:
+    return CheckpointError(
+        f"{scheme}:// with another address in it is not read, as it could lead anywhere; copy the files first"
+    )
+
+
 def _no_id(given: str) -> CheckpointError:
-    return CheckpointError(f"{given} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder")
+    return CheckpointError(
+        f"{redacted_text(given)} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder"
+    )
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a text can name a file in a folder, and nothing elsewhere, on any system."""
+    return "/" not in text and is_inside(text)
 
 
 def is_inside(path: str) -> bool:
@@ -336,3 +359,28 @@ def is_inside(path: str) -> bool:
     parts = path.split("/")
     odd = re.search(r"[\\:\x00-\x1f]", path) or any(len(part.encode(errors="replace")) > LONGEST for part in parts)
     return not odd and not {"", ".", ".."} & set(parts)
+
+
+def split_url(url: str, suffixes: Collection[str]) -> tuple[str, str | None]:
+    """Return the folder that a URL means, and the weight file if it names one.
+
+    Raises:
+        CheckpointError: The file's name could lead elsewhere.
+    """
+    address, mark, query = url.partition("?")
+    address = address.rstrip("/")
+    folder, _, last = address.rpartition("/")
+    if last == "config.json":
+        return f"{folder}{mark}{query}", None
+    if not last.endswith(tuple(suffixes)):
+        return f"{address}{mark}{query}", None
+    name = unquote(last)
+    if not is_name(name):
+        raise CheckpointError(f"{redacted(url)} names no file: {name!r} is no name of one")
+    return f"{folder}{mark}{query}", name
+
+
+def below(folder: str, name: str) -> str:
+    """Return the URL of a file in a folder, with the folder's query."""
+    parts = urlsplit(folder)
+    return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))

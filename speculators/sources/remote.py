@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from speculators.errors import CheckpointError
 from speculators.progress import Progress, unheard
 from speculators.weights import Extent, SafetensorsHeader, WeightFile
+
+Answer = TypeVar("Answer")
 
 RETRIES = 5
 """How often in a row a connection may fail before a download is given up."""
@@ -44,6 +46,13 @@ MOST_JSON = 100 << 20
 
 HEAD = 64 << 10
 """Bytes fetched of a safetensors file at first, which hold most headers."""
+
+
+class Digest(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: bytes) -> object:
+        """Take more bytes."""
 
 
 class TransientError(Exception):
@@ -109,24 +118,27 @@ class RemoteFile(Protocol):
         """
 
 
-def patiently(file: RemoteFile) -> Stat:
-    """Ask what a file is, again where the server does not answer at once.
+def patiently(ask: Callable[[], Answer], what: str, advice: str, retries: int = FIRST_RETRIES) -> Answer:
+    """Ask a server something, again where that may help.
+
+    Args:
+        ask: Makes one attempt.
+        what: What messages call that which is asked.
+        advice: What to check when it does not answer.
+        retries: How often to ask again.
 
     Raises:
-        CheckpointError: It does not answer.
-        NotFoundError: There is no such file.
+        UnreachableError: It does not answer.
     """
     tries = 0
     while True:
         try:
-            return file.stat()
+            return ask()
         except TransientError as error:
-            if tries >= FIRST_RETRIES:
-                raise UnreachableError(
-                    f"{file.name} cannot be reached ({error}), also in {FIRST_RETRIES} more attempts; "
-                    "check the address and the network"
-                ) from error
-            tries = pause(tries, error)
+            if tries >= retries:
+                more = f", also in {retries} more attempts" if retries else ""
+                raise UnreachableError(f"{what} cannot be reached ({error}){more}; check {advice}") from error
+            tries = _pause(tries, error)
 
 
 def stream(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
@@ -161,10 +173,10 @@ def _again(file: RemoteFile, tries: int, error: TransientError, done: int, *, ke
             f"{file.name}: the connection was lost after {done} bytes ({error}), also in {RETRIES} more attempts. "
             f"Run the command again when the network works: {advice}."
         ) from error
-    return pause(tries, error)
+    return _pause(tries, error)
 
 
-def pause(tries: int, error: TransientError) -> int:
+def _pause(tries: int, error: TransientError) -> int:
     """Wait before the next attempt; returns how many there were before it."""
     time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) if error.pause is None else error.pause)
     return tries + 1
@@ -218,7 +230,7 @@ def download(
                 raise
             partial.replace(target)
         with suppress(OSError):
-            _lock(target).unlink()
+            _lock(target).unlink()  # whoever still waits for it finds the target
 
 
 def download_anew(file: RemoteFile, stat: Stat, folder: Path, *, progress: Progress = unheard) -> str:
@@ -242,14 +254,20 @@ def download_anew(file: RemoteFile, stat: Stat, folder: Path, *, progress: Progr
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as made:
             fresh = Path(made) / file.name.rpartition("/")[2]
             _fetch(file, replace(stat, ranges=False), fresh, progress)
-            with fresh.open("rb") as content:
-                version = hashlib.sha256()
-                while chunk := content.read(1 << 20):
-                    version.update(chunk)
+            version = hashlib.sha256()
+            feed(fresh, version)
             target = folder / version.hexdigest() / fresh.name
             target.parent.mkdir(exist_ok=True)
             fresh.replace(target)
     return version.hexdigest()
+
+
+def feed(path: Path, *digests: Digest) -> None:
+    """Compute checksums of a file."""
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in digests:
+                digest.update(chunk)
 
 
 def _lock(target: Path) -> Path:
@@ -300,7 +318,7 @@ def _fetch(file: RemoteFile, stat: Stat, partial: Path, progress: Progress) -> N
 
 def _continue(file: RemoteFile, size: int, partial: Path, progress: Progress) -> None:
     done = _size(partial)
-    with partial.open("ab") as out:
+    with partial.open("ab", buffering=0) as out:
         for chunk in stream(file, done, size):
             out.write(chunk)
             done += len(chunk)
@@ -477,7 +495,8 @@ class RemoteSafetensors:
                     raise
                 self._whole = self._fetch_whole()
                 if self._whole.tensors != self.tensors:
-                    raise ContradictionError(f"{self._pieces.name} was changed on the server while it was read") from None
+                    name = self._pieces.name
+                    raise ContradictionError(f"{name} was changed on the server while it was read") from None
         return self._whole.stretch(name, start, stop)
 
     def _stretch(self, name: str, start: int, stop: int) -> memoryview:

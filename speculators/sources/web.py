@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculators.errors import CheckpointError
-from speculators.progress import printable
+from speculators.errors import CheckpointError, printable
+from speculators.sources.locations import below, redacted_text
 from speculators.sources.remote import ContradictionError, NoRangesError, NotFoundError, Stat, TransientError
 
 TIMEOUT = 20.0
@@ -23,13 +23,35 @@ LONGEST_WAIT = 60.0
 PASSING = frozenset({408, 421, 425, 429, *range(500, 600)})
 """Statuses that may be others a moment later."""
 
+PAGE_STARTS = (b"<", b" ", b"\t", b"\r", b"\n", b"\xef")
+"""First bytes of a page, the last of a byte-order mark."""
+
 IDENTITY = frozenset({"", "identity", "aws-chunked"})
 """Content encodings that leave the bytes as they are; the last is what some stores keep from an upload."""
 
 
-def basic_authorization(user: str) -> dict[str, str]:
-    """Return the header that carries ``user:password`` (RFC 7617)."""
-    return {"Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+class WebServer:
+    """A folder on a web server, which does not list its files.
+
+    Args:
+        url: The folder.
+        name: What messages call it.
+        user: ``user:password``, if the server wants to know.
+    """
+
+    def __init__(self, url: str, name: str, user: str | None) -> None:
+        self._url = url
+        self._name = name
+        # Basic authorization (RFC 7617)
+        self._headers = {"Authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else {}
+
+    def file(self, name: str) -> WebFile:
+        """Return a file in the folder."""
+        return WebFile(below(self._url, name), f"{self._name}/{name}", self._headers)
+
+    def names(self) -> Collection[str]:
+        """Return nothing, as the server tells nothing."""
+        return ()
 
 
 @dataclass
@@ -66,7 +88,7 @@ class WebFile:
         with self._response(0, 1) as response:
             size, version = _total(response), _version(response)
             page = "text/html" in response.headers.get("Content-Type", "")
-            if page and next(response.iter_bytes(), b"").startswith(b"<"):
+            if page and next(response.iter_bytes(), b"")[:1] in PAGE_STARTS:
                 raise NotFoundError(self.name)
             self._seen = (size, version)
             return Stat(size, version, ranges=response.status_code in (206, 416) and size is not None)
@@ -123,6 +145,8 @@ class WebFile:
                 yield response
         except (http_error(), OSError) as error:
             raise TransientError(reason(error)) from None
+        except bad_address() as error:
+            raise CheckpointError(f"{self.name} is at no valid address, or redirected to one that is not") from error
 
     def _judge(self, response: Any) -> None:
         status = response.status_code
@@ -144,11 +168,11 @@ def asked_pause(response: Any) -> float | None:
 
 
 class _NoSecrets(logging.Filter):
-    """Cuts the queries off addresses, which sign them, and escapes what a terminal would obey."""
+    """Redacts addresses, whose queries may sign them, and escapes what a terminal would obey."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", record.getMessage())
-        record.msg, record.args = printable(text), ()
+        with suppress(TypeError, ValueError):  # a record whose arguments do not fit is logging's to report
+            record.msg, record.args = printable(redacted_text(record.getMessage())), ()
         return True
 
 
@@ -156,7 +180,10 @@ _NO_SECRETS = _NoSecrets()
 
 
 def _keep_secrets_from_logs() -> None:
-    for name in (http_error().__module__.partition(".")[0], "huggingface_hub.utils._http"):
+    client = http_error().__module__.partition(".")[0]
+    core = client.replace("httpx", "httpcore")
+    parts = (f"{core}.{part}" for part in ("connection", "http11", "http2", "proxy", "socks"))
+    for name in (client, *parts, "huggingface_hub.utils._http"):
         logging.getLogger(name).addFilter(_NO_SECRETS)  # which adds it once only
 
 
@@ -167,9 +194,16 @@ def http_error() -> type[Exception]:
     return HfHubHTTPError.__bases__[0]
 
 
+def bad_address() -> tuple[type[Exception], ...]:
+    """Return what the client raises for an address that cannot be one."""
+    import sys
+
+    return (UnicodeError, sys.modules[http_error().__module__].InvalidURL)
+
+
 def reason(error: Exception) -> str:
-    """Return what went wrong with a connection, without addresses, which may hold secrets."""
-    return re.sub(r"\S+://\S+", "…", str(error)) or type(error).__name__
+    """Return what went wrong with a connection, with no secret of an address."""
+    return redacted_text(str(error)) or type(error).__name__
 
 
 def _total(response: Any) -> int | None:
