@@ -164,32 +164,32 @@ class Checkpoint:
     def _homes(self) -> Mapping[str, str]:
         """Name of a tensor → its file, from the index alone where there is one."""
         homes: dict[str, str] = {}
-        for file, listing in self._located.items():
-            homes |= dict.fromkeys(self._file(file).tensors if listing is None else listing[1], file)
+        for file, indexed in self._located.items():
+            homes |= dict.fromkeys(self._file(file).tensors if indexed is None else indexed[1], file)
         return homes
 
     def _file(self, name: str) -> WeightFile:
         if name not in self._opened:
-            listing = self._located[name]
+            indexed = self._located[name]
             try:
                 file = self.place.open(name, FORMATS[Path(name).suffix].read)
             except FileNotFoundError as error:
-                raise self._lacks(name, listing) from error
-            if listing is not None and listing[1] != set(file.tensors):
-                odd = sorted(listing[1] ^ set(file.tensors))[0]
-                raise CheckpointError(f"{self._described(listing[0])} and {name} disagree about tensor {odd!r}")
+                raise self._lacks(name, indexed) from error
+            if indexed is not None and indexed[1] != set(file.tensors):
+                odd = sorted(indexed[1] ^ set(file.tensors))[0]
+                raise CheckpointError(f"{self._described(indexed[0])} and {name} disagree about tensor {odd!r}")
             self._opened[name] = file
         return self._opened[name]
 
-    def _lacks(self, name: str, listing: Indexed | None) -> CheckpointError:
-        if listing is None:
+    def _lacks(self, name: str, indexed: Indexed | None) -> CheckpointError:
+        if indexed is None:
             return CheckpointError(f"{self.name} has no {name}")
         return CheckpointError(
-            f"{self._described(listing[0])} names the shard {name!r}, which is missing. Download it again."
+            f"{self._described(indexed[0])} names the shard {name!r}, which is missing. Download it again."
         )
 
     def _described(self, name: str) -> str:
-        return f"{self.name}/{name}" if self.place.local is None else str(self.place.local / name)
+        return f"{self.place.reference}/{name}" if self.place.local is None else str(self.place.local / name)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -204,11 +204,11 @@ class Checkpoint:
         Raises:
             CheckpointError: There are none, or they cannot be had.
         """
-        for name, listing in self._located.items():
+        for name, indexed in self._located.items():
             try:
                 self.place.path(name)
             except FileNotFoundError as error:
-                raise self._lacks(name, listing) from error
+                raise self._lacks(name, indexed) from error
 
     @contextmanager
     def gathered(self, weights: bool = True) -> Iterator[Path]:
@@ -220,7 +220,7 @@ class Checkpoint:
         names = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
         names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self.place.has(name)}
         if weights:
-            names |= set(self._located) | {listing[0] for listing in self._located.values() if listing}
+            names |= set(self._located) | {indexed[0] for indexed in self._located.values() if indexed}
         with self.place.gathered(sorted(names)) as folder:
             yield folder
 

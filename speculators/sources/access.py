@@ -61,6 +61,6 @@ class Access:
         """The folder for what huggingface_hub has no place for: parts of files, and files of other servers."""
         from huggingface_hub import constants
 
-        if self.cache_dir is not None:
+        if self.cache_dir:
             return self.hub_cache / ".speculators"
         return Path(constants.HF_ASSETS_CACHE).expanduser().absolute() / "speculators"

@@ -133,11 +133,11 @@ class HubFolder:
             return opener(self.path(name))
         kept = self._access.own_cache / "hub" / self._storage.name / self.commit / inside
         size, ranges = next((int(path.name) for path in kept.glob("size/[0-9]*")), None), True
-        file = self._web(inside, size)
         if self._away:
             if size is None:
                 raise self._not_cached(name)
-            return RemoteSafetensors(Pieces(None, file.name, kept), size)
+            return RemoteSafetensors(Pieces(None, f"{self._location.repository}/{inside}", kept), size)
+        file = self._web(inside, size)
         if size is None:
             stat = patiently(file.stat, file.name, "the network")
             size, ranges = stat.size, stat.ranges
@@ -284,7 +284,7 @@ class HubFolder:
         location = self._location
         url = hub.hf_hub_url(location.repository, inside, revision=self.commit, endpoint=location.endpoint)
         headers = build_hf_headers(token=self._token, library_name="speculators", library_version=__version__)
-        return WebFile(url, f"{self.name}/{inside}", headers, self._refusal, pinned=True, size=size)
+        return WebFile(url, f"{location.repository}/{inside}", headers, self._refusal, pinned=True, size=size)
 
     @property
     def _refusal(self) -> str:
