@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +118,7 @@ class Checkpoint:
                 listing = ", ".join(list(self.place.listing())[:8])
                 raise CheckpointError(
                     f"{self.name} holds no weights: expected *.safetensors or *.bin, found {listing or 'nothing'}"
+                    f"{self.place.remark}"
                 )
             if len(files) > 1:
                 names = ", ".join(files[:5])
@@ -195,7 +196,10 @@ class Checkpoint:
         try:
             path = self.place.path(name)
         except FileNotFoundError:
-            raise _no_checkpoint(self.name, name, self.place.listing()) from None
+            found = ", ".join(list(self.place.listing())[:8]) or "nothing"
+            raise CheckpointError(
+                f"{self.name} is no checkpoint: it has no {name} (found: {found}){self.place.remark}"
+            ) from None
         return read_json(path, self._described(name))
 
     def fetch(self) -> None:
@@ -309,8 +313,3 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{name} holds a JSON {type(content).__name__}, expected an object")
     return content
-
-
-def _no_checkpoint(folder: str, name: str, found: Collection[str]) -> CheckpointError:
-    listed = ", ".join(list(found)[:8]) or "nothing"
-    return CheckpointError(f"{folder} is no checkpoint: it has no {name} (found: {listed})")

@@ -177,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def repo(self, name: str, *, content: bool) -> Repo | None:
         """Return a repository that the request may see, or send the Hub's refusal."""
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        said = self.headers.get("Authorization") or ""
+        token = said.removeprefix("Bearer ") if said.startswith("Bearer ") else ""
         if token and token not in self.served.tokens:
             self.refuse(401, "", "Invalid credentials in Authorization header")
             return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from click.testing import CliRunner
 from huggingface_hub import hf_hub_download, scan_cache_dir
 from serving import SIGNATURE, Fault, Server, Start, wait_for
 
-from speculators import CheckpointError, ConversionResult, convert_model, validate_model
+from speculators import CheckpointError, ConversionResult, SpeculatorsError, convert_model, validate_model
 from speculators.cli import cli
 from speculators.sources import remote, web
 
@@ -119,6 +122,7 @@ def test_a_folder_and_a_file_of_a_repository_can_be_meant(
         "path": "heads/best",
     }
     convert(f"{hub.url}/org/many/blob/main/heads/best/other.safetensors")
+    assert provenance(tmp_path / "out")["source"]["file"] == "other.safetensors"
     assert weights(tmp_path / "out") != weights(tmp_path / "plain")
     with pytest.raises(
         CheckpointError, match=r"org/many has no folder or weight file 'heads/worst'; it has heads/best/c"
@@ -274,15 +278,129 @@ def test_a_cached_conversion_needs_no_hub(hub: Server, convert: Convert, tmp_pat
 
 
 def test_a_hub_that_is_away_is_said_and_the_cache_used(hub: Server, convert: Convert, tmp_path: Path) -> None:
-    convert()
-    hub.faults.append(Fault("/api/models", times=99, status=503))
+    convert(validate=True, self_contained=True)
+    hub.faults.append(Fault("", times=99, status=503, methods=("GET", "HEAD")))
 
     with pytest.warns(
         UserWarning, match=r"the Hub at http://\S+ cannot be reached \(status 503\).*; the cached commit"
     ):
-        convert(out="again")
+        convert(validate=True, self_contained=True, out="again")
 
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_offline_a_branch_is_what_it_was_when_it_was_last_seen(
+    hub: Server, convert: Convert, tmp_path: Path, variant: Copy
+) -> None:
+    convert(out="first")
+    second = hub.add(HEAD, variant("eagle3", tensors={"norm.weight": torch.ones(128)}), revision="next")
+    convert(f"{HEAD}@{second}", out="second")
+    hub.repos[HEAD].refs["main"] = second
+    convert(out="online")
+
+    convert(out="offline", offline=True)
+
+    assert contents(tmp_path / "online") == contents(tmp_path / "second") != contents(tmp_path / "first")
+    assert contents(tmp_path / "offline") == contents(tmp_path / "online")
+
+
+def test_what_is_validated_is_the_commit_that_was_converted_with(
+    hub: Server, convert: Convert, tmp_path: Path, variant: Copy
+) -> None:
+    first = hub.repos[BASE].refs["main"]
+    hub.add(BASE, variant("verifier", config={"hidden_size": 64}))
+
+    convert(verifier=f"{BASE}@{first}")
+
+    assert named_verifier(tmp_path / "out") == BASE
+    assert validate_model(tmp_path / "out", level="structure", cache_dir=tmp_path / "cache").passed
+    (tmp_path / "out" / "provenance.json").unlink()
+    assert not validate_model(tmp_path / "out", level="structure", cache_dir=tmp_path / "cache").passed
+
+
+def test_a_verifier_is_named_by_its_folder(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert(verifier=f"{BASE}:model.safetensors")
+
+    assert named_verifier(tmp_path / "out") == BASE
+
+
+@pytest.mark.parametrize("token", ["hf_s3cret\n", " hf_s3cret ", "hf_s3cret\r\n"])
+def test_blanks_around_a_token_are_nothing(token: str, hub: Server, convert: Convert) -> None:
+    hub.add("org/private", DATA / "eagle3", private=True)
+    hub.tokens[TOKEN] = {"org/private"}
+
+    assert convert("org/private", token=token).algorithm == "eagle3"
+
+
+@pytest.mark.parametrize("token", ["hf_s3 cret", "hf_s3crét", "hf_s3\ncret"])
+def test_a_token_that_cannot_be_one_is_said(token: str, hub: Server, convert: Convert) -> None:
+    with pytest.raises(CheckpointError, match="holds characters that no token has; copy it again") as caught:
+        convert(token=token)
+
+    assert "hf_s3" not in str(caught.value)
+
+
+def test_a_hub_that_lists_and_names_what_leads_elsewhere_is_not_followed(
+    hub: Server, convert: Convert, tmp_path: Path
+) -> None:
+    for body, message in (
+        ({"sha": "../../x", "siblings": []}, "names no commit of org/eagle3-head; is it a Hub?"),
+        ({"sha": str(tmp_path / "x"), "siblings": []}, "names no commit"),
+        ({"siblings": []}, "names no commit"),
+        ([], "does not answer like a Hub"),
+        ("<html>", "does not answer like a Hub"),
+        (
+            {"sha": "a" * 40, "siblings": [{"rfilename": "../config.json"}, {"rfilename": "/etc/x.bin"}]},
+            "no checkpoint",
+        ),
+    ):
+        text = body if isinstance(body, str) else json.dumps({"id": HEAD, **body} if isinstance(body, dict) else body)
+        hub.faults = [Fault("/api/models", body=text.encode())]
+
+        with pytest.raises(CheckpointError, match=message):
+            convert()
+    hub.faults = [Fault("resolve", methods=("HEAD",), headers={"ETag": '"../../../x"'}, times=9)]
+    with pytest.raises(CheckpointError, match=r"gives config\.json of org/eagle3-head the ETag .*, which is none"):
+        convert()
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_the_cache_can_be_read_by_others(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    convert(self_contained=True)
+
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert len(kept) > 8
+    assert {path.stat().st_mode & 0o777 for path in kept if ".locks" not in str(path)} == {0o644}
+
+
+def test_a_mirror_may_name_a_plain_checksum(hub: Server, convert: Convert) -> None:
+    digest = hashlib.sha1((DATA / "eagle3" / "config.json").read_bytes()).hexdigest()
+    hub.faults = [Fault(f"{HEAD}/resolve", methods=("HEAD",), headers={"ETag": f'"{digest}"'}, times=2)]
+
+    assert convert().algorithm == "eagle3"
+
+
+def test_a_slow_look_does_not_hold_up_what_lies_here(
+    hub: Server, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators.sources.hub.LOOK", 0.3)
+    shutil.copytree(DATA / "eagle3", tmp_path / "org" / "here")
+    hub.faults = [Fault("/api/models/org/here", stall=0)]
+    start = time.monotonic()
+
+    convert("org/here", VERIFIER)
+
+    assert time.monotonic() - start < 5
+
+
+def test_a_wrong_option_is_said_before_anything_is_fetched(hub: Server, convert: Convert) -> None:
+    for wrong in ({"dtype": "int3"}, {"algorithm": "nothing"}, {"algorithm": "eagle3", "layernorms": True}):
+        with pytest.raises(SpeculatorsError, match=r"int3|nothing|layernorms"):
+            convert(**wrong)
+    assert not hub.requests
+    with pytest.raises(SpeculatorsError, match="the device 'nowhere' cannot be used"):
+        convert(validate=True, validate_device="nowhere")
+    assert not hub.asked("pytorch_model.bin")
 
 
 def test_a_token_reaches_the_hub_and_nobody_else(hub: Server, convert: Convert, tmp_path: Path) -> None:
@@ -613,6 +731,20 @@ def test_a_hub_that_sent_parts_before_is_read_whole_too(
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+def test_a_password_of_the_endpoint_stands_nowhere(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("://", "://me:s3cret@"))
+    reach: dict[str, Any] = {"output_path": tmp_path / "out", "cache_dir": tmp_path / "cache", "validate": False}
+    with caplog.at_level("DEBUG"):
+        convert_model(HEAD, verifier=BASE, **reach)
+        with pytest.raises(CheckpointError) as caught:
+            convert_model("org/nothing", verifier=BASE, overwrite=True, **reach)
+
+    assert "api/models/org/nothing" in caplog.text
+    assert "s3cret" not in caplog.text + "".join(traceback.format_exception(caught.value))
+
+
 def test_no_signed_address_stands_in_a_log(hub: Server, convert: Convert, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"):
         convert(self_contained=True)
@@ -641,6 +773,16 @@ def test_provenance_that_cannot_be_read_is_no_obstacle(
 def test_what_was_converted_with_the_hubs_is_validated_with_it(hub: Server, convert: Convert, tmp_path: Path) -> None:
     convert(verifier=f"hf://{BASE}")
     shutil.copytree(VERIFIER, tmp_path / BASE)  # a folder of the same name
+
+    assert validate_model(tmp_path / "out", level="structure", cache_dir=tmp_path / "cache").passed
+
+
+def test_a_folder_whose_name_is_encoded_is_found_again(hub: Server, convert: Convert, tmp_path: Path) -> None:
+    for name, folder in (("100%25 base", VERIFIER), ("100% base", DATA / "eagle3")):
+        shutil.copytree(folder, tmp_path / "repo" / name)
+    hub.add("org/encoded", tmp_path / "repo")
+
+    convert(verifier="org/encoded:100%25 base")
 
     assert validate_model(tmp_path / "out", level="structure", cache_dir=tmp_path / "cache").passed
 

@@ -46,6 +46,9 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("hf://org/name/sub/folder", HubLocation("org/name", None, "sub/folder")),
         ("hf://org/name@v1/sub", HubLocation("org/name", "v1", "sub")),
         ("hf://org/name@refs/pr/12/sub", HubLocation("org/name", "refs/pr/12", "sub")),
+        ("hf://org/name@refs%2Fpr%2F12/sub", HubLocation("org/name", "refs/pr/12", "sub")),
+        ("hf://org/name@feature%2Fx/sub", HubLocation("org/name", "feature/x", "sub")),
+        ("hf://org/name/a%20b/c@d", HubLocation("org/name", None, "a%20b/c@d")),
         ("https://huggingface.co/org/name", HubLocation("org/name")),
         ("https://huggingface.co/org/name/", HubLocation("org/name")),
         ("https://hf.co/gpt2", HubLocation("gpt2")),
@@ -191,6 +194,7 @@ def test_secrets_of_an_address_are_not_shown(url: str, shown: str) -> None:
         "hf://datasets/x?secret",
         "zip://x::s3://key:secret@bucket/x.zip",
         "simplecache::s3://key:secret@bucket/x",
+        "user:secret@host:80/x",
     ],
 )
 def test_not_even_of_one_that_cannot_be_read(url: str) -> None:
@@ -212,12 +216,14 @@ def test_an_address_in_a_text_is_redacted() -> None:
     assert redacted_text(text) == "Got unexpected argument (http://host/x) and 's3://b/y'"
 
 
-@pytest.mark.parametrize("endpoint", ["huggingface.co", "nonsense", "ftp://host", "http://"])
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "nonsense", "ftp://host", "http://", "me:secret@host"])
 def test_an_endpoint_that_is_no_address_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
 
-    with pytest.raises(CheckpointError, match=f"HF_ENDPOINT is '{endpoint}'; expected an address such as https"):
+    with pytest.raises(CheckpointError, match=r"HF_ENDPOINT is '\S+'; expected an address such as https") as caught:
         parse("org/name")
+
+    assert "secret" not in str(caught.value)
 
 
 def test_a_password_of_the_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

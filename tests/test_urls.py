@@ -96,7 +96,9 @@ def test_a_sharded_head_and_a_name_of_its_own_are_found(
     assert weights(tmp_path / "out") == local
     convert(f"{site.url}/files/eagle3/my%20head+1.bin", self_contained=True)
     assert weights(tmp_path / "out") == local
-    with pytest.raises(CheckpointError, match=r"files/eagle3 holds no weights: .*found config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"files/eagle3 holds no weights: .*found config\.json; the server lists no"
+    ):
         convert()
 
 
@@ -293,7 +295,9 @@ def test_a_passing_fault_is_waited_out(
             Fault("config.json$", times=99, cut=0, skip=1), r"config\.json: the connection was lost", id="lost"
         ),
         pytest.param(
-            Fault("pytorch_model.bin$", status=403), r"the server refuses it \(status 403\); put user", id="refused"
+            Fault("pytorch_model.bin$", status=403),
+            r"of which it refused pytorch_model\.bin",
+            id="refused",
         ),
         pytest.param(
             Fault("pytorch_model.bin$", status=418), r"answers with status 418; expected 200 or 206", id="odd"
@@ -327,6 +331,22 @@ def test_a_lasting_fault_is_said_in_one_line(
     assert convert().algorithm == "eagle3"
 
 
+def test_a_store_that_refuses_what_it_does_not_have_is_read(
+    site: Server, convert: Convert, tmp_path: Path, local: bytes
+) -> None:
+    """S3 answers 403 to who may not list a bucket."""
+    absent = ("eagle3/model.safetensors", "index.json")
+    site.faults = [Fault(f"{name}$", status=403, times=99) for name in absent]
+    convert(self_contained=True)
+    assert weights(tmp_path / "out") == local
+    site.faults.append(Fault("pytorch_model.bin$", status=403, times=99))
+
+    with pytest.raises(
+        CheckpointError, match=r"holds no weights.*only the usual names were tried, of which it refused"
+    ):
+        convert()
+
+
 def test_a_server_that_is_not_there_is_said(convert: Convert) -> None:
     with pytest.raises(
         CheckpointError, match=r"http://127.0.0.1:1/x/config\.json cannot be reached \(.+\), also in 2 more"
@@ -346,7 +366,7 @@ def test_what_is_no_checkpoint_is_said(site: Server, convert: Convert) -> None:
 def test_user_and_password_reach_the_server_and_nobody_else(site: Server, convert: Convert, tmp_path: Path) -> None:
     site.users["files"] = "me:p@ss w0rd"
     address = site.url.replace("://", "://me:p%40ss%20w0rd@")
-    with pytest.raises(CheckpointError, match=r"the server refuses it \(status 401\); put user and password into"):
+    with pytest.raises(CheckpointError, match=r"the server refuses it \(status 401\); is it there\? Does it want"):
         convert()
 
     convert(f"{address}/files/eagle3", f"{address}/files/verifier", self_contained=True)

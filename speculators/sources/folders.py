@@ -22,6 +22,7 @@ from speculators.sources.remote import (
     NoRangesError,
     NotFoundError,
     Pieces,
+    RefusedError,
     RemoteFile,
     RemoteSafetensors,
     Stat,
@@ -32,6 +33,9 @@ from speculators.sources.remote import (
     patiently,
 )
 from speculators.weights import WeightFile
+
+FORBIDDEN = 403
+"""The status with which a server refuses a file, whoever asks."""
 
 Opener = Callable[[Path], WeightFile]
 """Opens a weight file that lies here."""
@@ -57,6 +61,10 @@ class Folder(Protocol):
 
     def listing(self) -> Collection[str]:
         """Return the names of all files, as far as the place tells them."""
+
+    @property
+    def remark(self) -> str:
+        """What a message adds about a listing that is not all there is."""
 
     def path(self, name: str) -> Path:
         """Return where a file lies whole, fetched first if it must be.
@@ -120,6 +128,11 @@ class LocalFolder:
         """Return the names of everything in it."""
         return sorted(entry.name for entry in self._folder.iterdir())
 
+    @property
+    def remark(self) -> str:
+        """Nothing, as everything is listed."""
+        return ""
+
     def path(self, name: str) -> Path:
         """Return where a file lies."""
         if not self.has(name):
@@ -158,7 +171,8 @@ def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], We
 
     def give_up() -> WeightFile:
         size = "" if stat.size is None else f" of {stat.size / 1e6:.0f} MB"
-        why = "sends whole files only" if stat.version else "does not say when a file changes"
+        why = "sends whole files only" if stat.size else "does not say how long a file is"
+        why = why if stat.version else "does not say when a file changes"
         warnings.warn(
             f"{file.name} is on a server that {why}; all{size} is downloaded although less is needed", stacklevel=2
         )
@@ -216,6 +230,7 @@ class UrlFolder:
         self._listed: Collection[str] | None = None
         self._paths: dict[str, Path] = {}
         self._read: set[str] = set()
+        self._refused: list[str] = []
 
     @property
     def local(self) -> Path | None:
@@ -237,6 +252,14 @@ class UrlFolder:
             self._listed = self._noted.listing if self._offline else self._server.names()
             self._note()
         return sorted(self._listed or (name for name, stat in self._stats.items() if stat))
+
+    @property
+    def remark(self) -> str:
+        """What was tried of a server that lists nothing."""
+        if self._listed:
+            return ""
+        refused = f", of which it refused {', '.join(self._refused)}" if self._refused else ""
+        return f"; the server lists no files, so only the usual names were tried{refused}"
 
     def path(self, name: str) -> Path:
         """Return where a file is kept, fetched first unless the same version is here."""
@@ -303,6 +326,12 @@ class UrlFolder:
             file = self._remote(name)
             return patiently(file.stat, file.name, "the address and the network")
         except NotFoundError:
+            return None
+        except RefusedError as error:
+            # Stores that list nothing to strangers say so of what they do not have, too.
+            if error.status != FORBIDDEN or not any(self._stats.values()):
+                raise
+            self._refused.append(name)
             return None
         except UnreachableError as error:
             if self._noted.files:

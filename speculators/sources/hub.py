@@ -36,7 +36,16 @@ from speculators.sources.remote import (
     patiently,
     storing,
 )
-from speculators.sources.web import PASSING, TIMEOUT, WebFile, asked_pause, bad_address, http_error, reason
+from speculators.sources.web import (
+    PASSING,
+    TIMEOUT,
+    WebFile,
+    asked_pause,
+    bad_address,
+    http_error,
+    keep_secrets_from_logs,
+    reason,
+)
 from speculators.weights import WeightFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -66,6 +75,7 @@ class HubFolder:
     """
 
     def __init__(self, location: HubLocation, access: Access, *, partly: bool, suffixes: Collection[str]) -> None:
+        keep_secrets_from_logs()
         self.name = location.name
         self._location = location
         self._access = access
@@ -84,7 +94,7 @@ class HubFolder:
         found = [path.removeprefix(self._inside) for path in files if path.startswith(self._inside)]
         self._names = {name for name in found if "/" not in name}
         self._folders = {f"{name.rpartition('/')[0]}/" for name in found if "/" in name}
-        if not found:
+        if location.path and not found:
             raise CheckpointError(
                 f"{location.repository} has no folder or weight file {location.path!r}; it has {_listed(sorted(files))}"
             )
@@ -109,6 +119,11 @@ class HubFolder:
     def listing(self) -> Collection[str]:
         """Return the names of all its files, and of the folders in it, which end in a slash."""
         return sorted(self._names) + sorted(self._folders)
+
+    @property
+    def remark(self) -> str:
+        """Nothing, as the Hub lists all files."""
+        return ""
 
     def path(self, name: str) -> Path:
         """Return where the cache has a file, fetched first if it must be."""
@@ -160,9 +175,10 @@ class HubFolder:
 
     @property
     def identity(self) -> Mapping[str, object]:
-        """Repository, commit and folder, which mean the same content for ever."""
+        """Repository, commit, and folder or file, which mean the same content for ever."""
         found: dict[str, object] = {"repository": self._location.repository, "commit": self.commit}
-        return found | ({"path": self._location.path} if self._location.path else {})
+        found |= {"path": self._inside.rstrip("/")} if self._inside else {}
+        return found | ({"file": self.file} if self.file else {})
 
     @property
     def _snapshot(self) -> Path:
@@ -300,34 +316,34 @@ class HubFolder:
         location, name = self._location, self._location.repository
         try:
             return ask()
-        except errors.GatedRepoError as error:
+        except errors.GatedRepoError:
             raise CheckpointError(
                 f"{name} is gated: ask for access at {location.page}, then pass a token with --token, HF_TOKEN or "
                 "hf auth login"
-            ) from error
-        except errors.RevisionNotFoundError as error:
+            ) from None
+        except errors.RevisionNotFoundError:
             raise CheckpointError(
                 f"{name} has no revision {location.revision or 'main'!r}{self._revisions()}"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
+            ) from None
+        except errors.RepositoryNotFoundError:
             here = "; there is no folder of this name here either" if location.bare else ""
             token = "" if self._token else ", or pass a token with --token, HF_TOKEN or hf auth login"
             raise CheckpointError(
                 f"{location.hub} has no repository {name}, or it is private and not to be seen "
                 f"{'with this token' if self._token else 'without a token'}{here}; check the name{token}"
-            ) from error
+            ) from None
         except errors.LocalEntryNotFoundError as error:  # how the library says that it could not ask
             raise self._refused(error.__cause__) from None
-        except errors.EntryNotFoundError as error:
-            raise CheckpointError(f"{self.name} does not have a file that it lists; try again") from error
+        except errors.EntryNotFoundError:
+            raise CheckpointError(f"{self.name} does not have a file that it lists; try again") from None
         except errors.HfHubHTTPError as error:
-            raise self._refused(error) from error
-        except errors.HFValidationError as error:
-            raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from error
+            raise self._refused(error) from None
+        except errors.HFValidationError:
+            raise CheckpointError(f"{name} is no Hugging Face ID; expected org/name") from None
         except (http_error(), ConnectionError) as error:
             raise TransientError(reason(error)) from None
-        except bad_address() as error:
-            raise CheckpointError(f"{location.hub} is no address of a Hub; is HF_ENDPOINT right?") from error
+        except bad_address():
+            raise CheckpointError(f"{location.hub} is no address of a Hub; is HF_ENDPOINT right?") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{location.hub} does not answer like a Hub when asked for {name}") from error
 
@@ -365,6 +381,7 @@ def is_known(location: HubLocation, access: Access) -> bool:
         return False
     from huggingface_hub import HfApi
 
+    keep_secrets_from_logs()
     found: list[object] = []
 
     def look() -> None:

@@ -43,8 +43,12 @@ _PAGES = ("tree", "blob", "resolve", "raw")
 LONGEST = 240
 """Bytes of a file's name that every common filesystem has room for, and a short ending besides."""
 
-_LONG_REVISION = re.compile(r"(refs/(?:pr/\d+|convert/[\w.-]+))(?:/|$)")
+_LONG = r"refs/(?:pr/\d+|convert/[\w.-]+)"
+_LONG_REVISION = re.compile(rf"({_LONG})(?:/|$)")
 """Revisions that hold slashes themselves."""
+
+_HF = re.compile(rf"(?P<repository>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>{_LONG}(?=/|$)|[^/]*))?(?:/(?P<path>.*))?")
+"""What follows ``hf://``."""
 
 WRAPPERS = frozenset(
     (
@@ -153,7 +157,8 @@ def hub_endpoint() -> str:
     """
     endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     if not re.match(r"https?://[^/\s]", endpoint, re.IGNORECASE):
-        raise CheckpointError(f"HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}; expected an address such as {HUB}")
+        said = os.environ["HF_ENDPOINT"].rpartition("@")[2]
+        raise CheckpointError(f"HF_ENDPOINT is {said!r}; expected an address such as {HUB}")
     return endpoint
 
 
@@ -273,23 +278,16 @@ def _parse_file(parts: SplitResult, shown: str) -> LocalLocation:
 
 
 def _parse_hf(text: str, shown: str) -> HubLocation:
-    rest = unquote(text.partition("://")[2]).strip("/")
+    """Parse as huggingface_hub does: revisions may be percent-encoded, paths stand as they are."""
+    rest = text.partition("://")[2].strip("/")
     kind, _, more = rest.partition("/")
     if kind in ("datasets", "spaces", "buckets", "kernels"):
         raise CheckpointError(f"{shown} names one of the Hub's {kind}; expected a repository of models")
-    if kind == "models":
-        rest = more
-    before, marked, after = rest.partition("@")
-    if not marked:
-        repository, path = _first_two(rest)
-        return _hub(repository, None, path, shown)
-    revision, path = _split_revision(after)
-    return _hub(before, revision, path, shown)
-
-
-def _first_two(path: str) -> tuple[str, str]:
-    parts = path.split("/")
-    return "/".join(parts[:2]), "/".join(parts[2:])
+    found = _HF.fullmatch(more if kind == "models" else rest)
+    if not found:
+        raise _no_id(shown)
+    revision = None if found["revision"] is None else unquote(found["revision"])
+    return _hub(found["repository"], revision, found["path"] or "", shown)
 
 
 def _split_revision(text: str) -> tuple[str, str]:
@@ -344,9 +342,8 @@ def _led_anywhere(scheme: str) -> CheckpointError:
 
 
 def _no_id(given: str) -> CheckpointError:
-    return CheckpointError(
-        f"{redacted_text(given)} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder"
-    )
+    shown = re.sub(r"^[^\s/@]+:\S+@", "", redacted_text(given))  # of a URL whose scheme was forgotten
+    return CheckpointError(f"{shown} is no Hugging Face ID; expected org/name, org/name@revision or org/name:folder")
 
 
 def is_name(text: str) -> bool:

@@ -67,6 +67,14 @@ class UnreachableError(CheckpointError):
     """A server does not answer, or not for long enough."""
 
 
+class RefusedError(CheckpointError):
+    """A server does not hand out a file; some do not tell this from a file that they do not have."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ContradictionError(CheckpointError):
     """A server sends what does not fit what it said before; nothing of it is trusted."""
 

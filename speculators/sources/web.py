@@ -12,7 +12,14 @@ from typing import Any
 
 from speculators.errors import CheckpointError, printable
 from speculators.sources.locations import below, redacted_text
-from speculators.sources.remote import ContradictionError, NoRangesError, NotFoundError, Stat, TransientError
+from speculators.sources.remote import (
+    ContradictionError,
+    NoRangesError,
+    NotFoundError,
+    RefusedError,
+    Stat,
+    TransientError,
+)
 
 TIMEOUT = 20.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -47,7 +54,9 @@ class WebServer:
 
     def file(self, name: str) -> WebFile:
         """Return a file in the folder."""
-        return WebFile(below(self._url, name), f"{self._name}/{name}", self._headers)
+        refusal = "check user and password" if self._headers else "is it there? Does it want a user and a password"
+        refusal += " in the address, https://user:password@host/…"
+        return WebFile(below(self._url, name), f"{self._name}/{name}", self._headers, refusal)
 
     def names(self) -> Collection[str]:
         """Return nothing, as the server tells nothing."""
@@ -62,7 +71,7 @@ class WebFile:
         url: Its address, without user and password.
         name: What messages call it.
         headers: Sent with each request to that server, and not to others that it redirects to.
-        refusal: What to do where the server wants another user, or any.
+        refusal: What to do where the server refuses it.
         pinned: Whether the address means one content for ever, so that other ETags mean other machines.
         size: Its size in bytes, where that is known already.
     """
@@ -70,7 +79,7 @@ class WebFile:
     url: str = field(repr=False)
     name: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    refusal: str = "put user and password into the address, as https://user:password@host/…"
+    refusal: str = ""
     pinned: bool = False
     size: int | None = None
     _seen: tuple[int | None, str | None] | None = field(default=None, init=False, repr=False)
@@ -133,7 +142,7 @@ class WebFile:
     def _response(self, start: int, stop: int | None) -> Iterator[Any]:
         from huggingface_hub import get_session
 
-        _keep_secrets_from_logs()
+        keep_secrets_from_logs()
         headers = {**self.headers, "Accept-Encoding": "identity"}  # offsets count the file's own bytes
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -157,7 +166,7 @@ class WebFile:
         if status in PASSING:
             raise TransientError(f"status {status}", asked_pause(response))
         if status in (401, 403, 407):
-            raise CheckpointError(f"{self.name}: the server refuses it (status {status}); {self.refusal}")
+            raise RefusedError(f"{self.name}: the server refuses it (status {status}); {self.refusal}", status)
         raise CheckpointError(f"{self.name}: the server answers with status {status}; expected 200 or 206")
 
 
@@ -179,7 +188,8 @@ class _NoSecrets(logging.Filter):
 _NO_SECRETS = _NoSecrets()
 
 
-def _keep_secrets_from_logs() -> None:
+def keep_secrets_from_logs() -> None:
+    """Have the loggers of the HTTP client show no secret of an address, from now on."""
     client = http_error().__module__.partition(".")[0]
     core = client.replace("httpx", "httpcore")
     parts = (f"{core}.{part}" for part in ("connection", "http11", "http2", "proxy", "socks"))
