@@ -115,9 +115,8 @@ class Checkpoint:
         else:
             files = next(self._candidates(), [])
             if not files:
-                listing = ", ".join(list(self.place.listing())[:8])
                 raise CheckpointError(
-                    f"{self.name} holds no weights: expected *.safetensors or *.bin, found {listing or 'nothing'}"
+                    f"{self.name} holds no weights: expected *.safetensors or *.bin, found {self._found()}"
                     f"{self.place.remark}"
                 )
             if len(files) > 1:
@@ -189,6 +188,9 @@ class Checkpoint:
             f"{self._described(indexed[0])} names the shard {name!r}, which is missing. Download it again."
         )
 
+    def _found(self) -> str:
+        return ", ".join(list(self.place.listing())[:8]) or "nothing"
+
     def _described(self, name: str) -> str:
         return f"{self.place.reference}/{name}" if self.place.local is None else str(self.place.local / name)
 
@@ -196,9 +198,8 @@ class Checkpoint:
         try:
             path = self.place.path(name)
         except FileNotFoundError:
-            found = ", ".join(list(self.place.listing())[:8]) or "nothing"
             raise CheckpointError(
-                f"{self.name} is no checkpoint: it has no {name} (found: {found}){self.place.remark}"
+                f"{self.name} is no checkpoint: it has no {name} (found: {self._found()}){self.place.remark}"
             ) from None
         return read_json(path, self._described(name))
 
@@ -258,7 +259,7 @@ class Checkpoint:
             if check := FORMATS[Path(name).suffix].verify:
                 check(self.place.path(name), stopped)
 
-    @cached_property
+    @property
     def has_weights(self) -> bool:
         """Whether there is a weight file; a verifier may consist of its config alone."""
         return self.place.file is not None or any(True for _ in self._candidates())

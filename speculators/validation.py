@@ -24,7 +24,7 @@ from speculators.progress import Progress, unheard
 from speculators.prompts import Prompt
 from speculators.registry import Registry
 from speculators.sources import Access, HubLocation, LocalLocation, parse
-from speculators.sources.hub import COMMIT
+from speculators.sources.locations import COMMIT
 from speculators.table import Table
 from speculators.verifier import Verifier
 

@@ -93,10 +93,6 @@ class WeightFile(Protocol):
     """One opened weight file."""
 
     @property
-    def path(self) -> Path:
-        """Where the file lies."""
-
-    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of each tensor by name."""
 

@@ -17,7 +17,7 @@ from serving import Fault, Server, Start
 
 from speculators import CheckpointError, ConversionResult, convert_model, validate_model
 from speculators.cli import cli
-from speculators.sources import remote, web
+from speculators.sources import cache, parts, remote, web
 
 # Where a test looks at warnings, it would see those about files that are closed when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -502,7 +502,7 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, site: Server, convert
 def test_a_body_without_end_is_cut_off(
     file: str, site: Server, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "MOST_JSON", 1000)
+    monkeypatch.setattr(cache, "MOST_JSON", 1000)
     site.ranges = False
     endless: dict[str, str | None] = {"Content-Length": None, "Connection": "close"}
     site.faults.append(Fault(f"{file}$", body=b"x" * 10_000_000, times=99, headers=endless, skip=1))
@@ -561,7 +561,8 @@ def test_a_cache_that_cannot_be_written_but_has_all_is_enough(
     def refuse(*_: object) -> None:
         raise CheckpointError("the cache cannot be written")
 
-    monkeypatch.setattr(remote, "keep", refuse)
+    monkeypatch.setattr(cache, "keep", refuse)
+    monkeypatch.setattr(parts, "keep", refuse)
     convert(self_contained=True, validate=True, out="again")
 
     assert contents(tmp_path / "again") == contents(tmp_path / "out")

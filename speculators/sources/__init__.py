@@ -3,6 +3,14 @@
 `find` turns what a user wrote into a `Folder`, which hands out whole files or opens weights for parts of
 them. Nothing that a conversion does not need is fetched, what was fetched is kept, and what is read twice
 has come from one version.
+
+=====================  =============================================================================
+`locations`            what a user means, and what may be shown of it
+`folders`, `hub`       folders here, on a server, and on the Hub
+`remote`               what a transport offers, and how it is asked again: `web`, `filesystems`
+`cache`, `parts`       what was fetched: whole files, and parts of them
+`access`               token, cache and offline
+=====================  =============================================================================
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import json
 import shutil
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as cache_calls
 from functools import cached_property
@@ -17,31 +18,25 @@ from typing import Protocol
 
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
+from speculators.sources.cache import download, download_anew, note
 from speculators.sources.locations import LocalLocation
+from speculators.sources.parts import Pieces, RemoteSafetensors
 from speculators.sources.remote import (
+    ForbiddenError,
     NoRangesError,
     NotFoundError,
-    Pieces,
-    RefusedError,
     RemoteFile,
-    RemoteSafetensors,
     Stat,
     UnreachableError,
-    download,
-    download_anew,
-    note,
     patiently,
 )
 from speculators.weights import WeightFile
-
-FORBIDDEN = 403
-"""The status with which a server refuses a file, whoever asks."""
 
 Opener = Callable[[Path], WeightFile]
 """Opens a weight file that lies here."""
 
 
-class Folder(Protocol):
+class Folder(ABC):
     """A folder with ``config.json`` and weights.
 
     Attributes:
@@ -55,17 +50,22 @@ class Folder(Protocol):
     @property
     def local(self) -> Path | None:
         """The folder itself if it lies here."""
-
-    def has(self, name: str) -> bool:
-        """Tell whether a file is in it."""
-
-    def listing(self) -> Collection[str]:
-        """Return the names of all files, as far as the place tells them."""
+        return None
 
     @property
     def remark(self) -> str:
         """What a message adds about a listing that is not all there is."""
+        return ""
 
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Tell whether a file is in it."""
+
+    @abstractmethod
+    def listing(self) -> Collection[str]:
+        """Return the names of all files, as far as the place tells them."""
+
+    @abstractmethod
     def path(self, name: str) -> Path:
         """Return where a file lies whole, fetched first if it must be.
 
@@ -74,6 +74,7 @@ class Folder(Protocol):
             CheckpointError: It cannot be had.
         """
 
+    @abstractmethod
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file; where parts are enough and can be had, only they are fetched.
 
@@ -82,20 +83,22 @@ class Folder(Protocol):
             CheckpointError: It cannot be had, or is damaged.
         """
 
-    @contextmanager
-    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+    @abstractmethod
+    def gathered(self, names: Collection[str]) -> AbstractContextManager[Path]:
         """Bring files together in one folder here, for a library that reads whole folders."""
 
     @property
+    @abstractmethod
     def reference(self) -> str:
         """What an inference engine finds it under; names no revision."""
 
     @property
+    @abstractmethod
     def identity(self) -> Mapping[str, object]:
         """What the output's provenance says about it: the same for the same content."""
 
 
-class LocalFolder:
+class LocalFolder(Folder):
     """A folder of this machine, or one weight file in it.
 
     Raises:
@@ -127,11 +130,6 @@ class LocalFolder:
     def listing(self) -> Collection[str]:
         """Return the names of everything in it."""
         return sorted(entry.name for entry in self._folder.iterdir())
-
-    @property
-    def remark(self) -> str:
-        """Nothing, as everything is listed."""
-        return ""
 
     def path(self, name: str) -> Path:
         """Return where a file lies."""
@@ -196,7 +194,7 @@ class Server(Protocol):
         """Return the names of all files, nothing where the server does not list them."""
 
 
-class UrlFolder:
+class UrlFolder(Folder):
     """A folder on a server, of which only those names are known that it was asked for.
 
     Args:
@@ -233,11 +231,6 @@ class UrlFolder:
         self._refused: list[str] = []
 
     @property
-    def local(self) -> Path | None:
-        """It lies elsewhere."""
-        return None
-
-    @property
     def reference(self) -> str:
         """Its address."""
         return self.name
@@ -269,12 +262,17 @@ class UrlFolder:
                 if not self._place(name, stat).exists():
                     raise self._not_cached(name)
             elif stat.version is None or stat.size is None:
-                version = download_anew(self._remote(name), stat, self._cache / name, progress=self._progress)
-                stat = self._stats[name] = replace(stat, version=f"sha256 {version}")
+                asked, folder = stat, self._cache / name
+
+                def place(version: str) -> Path:
+                    return self._place(name, replace(asked, version=version))
+
+                version = download_anew(self._remote(name), asked, folder, place, progress=self._progress)
+                stat = self._stats[name] = replace(asked, version=version)
+                self._note()
             else:
                 download(self._remote(name), stat, self._place(name, stat), progress=self._progress)
             self._paths[name] = self._place(name, stat)
-            self._note()
         return self._paths[name]
 
     def open(self, name: str, opener: Opener) -> WeightFile:
@@ -327,9 +325,9 @@ class UrlFolder:
             return patiently(file.stat, file.name, "the address and the network")
         except NotFoundError:
             return None
-        except RefusedError as error:
+        except ForbiddenError:
             # Stores that list nothing to strangers say so of what they do not have, too.
-            if error.status != FORBIDDEN or not any(self._stats.values()):
+            if not any(self._stats.values()):
                 raise
             self._refused.append(name)
             return None
@@ -365,10 +363,7 @@ class UrlFolder:
         note(self._cache / "known.json", json.dumps(content).encode())
 
     def _place(self, name: str, stat: Stat) -> Path:
-        version = stat.version or ""
-        if version.startswith("sha256 "):
-            return self._cache / name / version.removeprefix("sha256 ") / name
-        return self._cache / name / hashlib.sha256(f"{version}\n{stat.size}".encode()).hexdigest()[:16] / name
+        return self._cache / name / hashlib.sha256(f"{stat.version}\n{stat.size}".encode()).hexdigest()[:16] / name
 
     def _not_cached(self, name: str) -> CheckpointError:
         files = ", ".join(file.name for file in sorted(self._cache.glob("*/*/*")) if file.is_file())

@@ -21,20 +21,16 @@ from typing import Any
 from speculators import __version__
 from speculators.errors import CheckpointError
 from speculators.sources.access import Access
-from speculators.sources.folders import Opener, open_partly
-from speculators.sources.locations import HubLocation, is_inside
+from speculators.sources.cache import download, feed, note, storing
+from speculators.sources.folders import Folder, Opener, open_partly
+from speculators.sources.locations import COMMIT, HubLocation, is_inside
+from speculators.sources.parts import Pieces, RemoteSafetensors
 from speculators.sources.remote import (
     FIRST_RETRIES,
-    Pieces,
-    RemoteSafetensors,
     Stat,
     TransientError,
     UnreachableError,
-    download,
-    feed,
-    note,
     patiently,
-    storing,
 )
 from speculators.sources.web import (
     PASSING,
@@ -48,9 +44,6 @@ from speculators.sources.web import (
 )
 from speculators.weights import WeightFile
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-"""The full hash of a commit."""
-
 LOOK = 3.0
 """Seconds for a look whether a name that is a local folder is also one of the Hub."""
 
@@ -61,7 +54,7 @@ _SHOWN = 6
 """How many names a message lists."""
 
 
-class HubFolder:
+class HubFolder(Folder):
     """A repository of models, or a folder or a file in it, at one commit.
 
     Args:
@@ -99,11 +92,6 @@ class HubFolder:
                 f"{location.repository} has no folder or weight file {location.path!r}; it has {_listed(sorted(files))}"
             )
 
-    @property
-    def local(self) -> Path | None:
-        """It lies elsewhere."""
-        return None
-
     def has(self, name: str) -> bool:
         """Tell whether a file is in it.
 
@@ -119,11 +107,6 @@ class HubFolder:
     def listing(self) -> Collection[str]:
         """Return the names of all its files, and of the folders in it, which end in a slash."""
         return sorted(self._names) + sorted(self._folders)
-
-    @property
-    def remark(self) -> str:
-        """Nothing, as the Hub lists all files."""
-        return ""
 
     def path(self, name: str) -> Path:
         """Return where the cache has a file, fetched first if it must be."""

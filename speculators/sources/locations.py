@@ -40,6 +40,9 @@ _ID = re.compile(
 _PAGES = ("tree", "blob", "resolve", "raw")
 """What stands between a repository and a revision in the address of a folder or file."""
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""The full hash of a commit."""
+
 LONGEST = 240
 """Bytes of a file's name that every common filesystem has room for, and a short ending besides."""
 
@@ -172,11 +175,12 @@ def parse(location: str | Path) -> Location:
     """
     if isinstance(location, Path):
         return LocalLocation(local_path(location), str(location))
-    text = location if location.strip() and _exists(local_path(location)) else location.strip()
+    exact = bool(location.strip()) and _exists(local_path(location))
+    text = location if exact else location.strip()
     if scheme := _SCHEME.match(text):
         return _parse_url(text, scheme[1].lower())
     path = local_path(text)
-    exists = bool(text) and _exists(path)
+    exists = exact or (text != location and bool(text) and _exists(path))
     if not text or not (exists or text.isprintable()):
         raise CheckpointError(f"{text!r} is no place of a checkpoint; expected a path, a Hugging Face ID or a URL")
     if not exists and "::" in text and "://" in text:
@@ -306,7 +310,7 @@ def _hub_page(parts: SplitResult) -> HubLocation | None:
         inside = inside[len(mirror.path) :]
     elif _host(parts).lower() not in HUB_HOSTS:
         return None
-    elif endpoint == HUB or _host(mirror) in HUB_HOSTS:
+    elif _host(mirror) in HUB_HOSTS:
         endpoint = HUB
     # Segments are decoded one by one, as a branch may hold an encoded slash.
     segments = [unquote(segment) for segment in inside.strip("/").split("/")]

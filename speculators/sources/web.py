@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,9 +15,9 @@ from speculators.errors import CheckpointError, printable
 from speculators.sources.locations import below, redacted_text
 from speculators.sources.remote import (
     ContradictionError,
+    ForbiddenError,
     NoRangesError,
     NotFoundError,
-    RefusedError,
     Stat,
     TransientError,
 )
@@ -47,6 +48,7 @@ class WebServer:
     """
 
     def __init__(self, url: str, name: str, user: str | None) -> None:
+        keep_secrets_from_logs()
         self._url = url
         self._name = name
         # Basic authorization (RFC 7617)
@@ -142,7 +144,6 @@ class WebFile:
     def _response(self, start: int, stop: int | None) -> Iterator[Any]:
         from huggingface_hub import get_session
 
-        keep_secrets_from_logs()
         headers = {**self.headers, "Accept-Encoding": "identity"}  # offsets count the file's own bytes
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -166,7 +167,8 @@ class WebFile:
         if status in PASSING:
             raise TransientError(f"status {status}", asked_pause(response))
         if status in (401, 403, 407):
-            raise RefusedError(f"{self.name}: the server refuses it (status {status}); {self.refusal}", status)
+            kind = ForbiddenError if status == 403 else CheckpointError
+            raise kind(f"{self.name}: the server refuses it (status {status}); {self.refusal}")
         raise CheckpointError(f"{self.name}: the server answers with status {status}; expected 200 or 206")
 
 
@@ -206,8 +208,6 @@ def http_error() -> type[Exception]:
 
 def bad_address() -> tuple[type[Exception], ...]:
     """Return what the client raises for an address that cannot be one."""
-    import sys
-
     return (UnicodeError, sys.modules[http_error().__module__].InvalidURL)
 
 
