@@ -1,0 +1,172 @@
+"""The draft model of the type ``eagle`` in vLLM's own layers.
+
+Computes what `speculators_eagle.draft` does, from the same tensor names. The surroundings are those that
+vLLM's proposer for the method ``eagle`` expects: embeddings at ``model.embed_tokens``, the LM head at
+``lm_head``, and the flags ``has_own_embed_tokens`` and ``has_own_lm_head``, by which it decides what to
+share with the verifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators_eagle.vllm import missing_piece
+try:
+    from vllm.compilation.decorators import support_torch_compile
+    from vllm.config import VllmConfig
+    from vllm.distributed import get_pp_group
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+    from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer
+    from vllm.model_executor.models.utils import maybe_prefix
+except ImportError as error:
+    raise ImportError(missing_piece(error)) from error
+
+JOINED: Mapping[str, Mapping[str, str | int]] = {
+    "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+    "gate_up_proj": {"gate_proj": 0, "up_proj": 1},
+}
+"""Projection of vLLM's Llama layer → the stored ones that it joins, each with what its loader calls the place."""
+
+
+EMBEDDING = "embed_tokens.weight"
+"""The verifier's is used when the output leaves it out."""
+
+HEAD = "lm_head.weight"
+"""The verifier's is used always; an output that holds one holds a copy of it."""
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0})
+class EagleModel(nn.Module):
+    """Everything but the LM head, under the output's tensor names."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        size = config.hidden_size
+
+        def norm() -> nn.Module:
+            return RMSNorm(size, eps=config.rms_norm_eps) if config.layernorms else nn.Identity()
+
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, size, prefix=maybe_prefix(prefix, "embed_tokens"))
+        self.embedding_layernorm = norm()
+        self.hidden_layernorm = norm()
+        self.fusion_fc = ReplicatedLinear(
+            2 * size,
+            size,
+            bias=config.fusion_bias,
+            params_dtype=vllm_config.model_config.dtype,
+            prefix=maybe_prefix(prefix, "fusion_fc"),
+            return_bias=False,
+        )
+        # vLLM keeps keys and values under the layer's prefix, so its number must follow the verifier's.
+        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        self.transformer = LlamaDecoderLayer(
+            vllm_config, disable_input_layernorm=True, prefix=maybe_prefix(prefix, f"layers.{number}"), config=config
+        )
+        self.pre_lm_head_layernorm = norm()
+
+    def forward(self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N]`` token ids and positions, ``[N, H]`` states → inputs of the LM head, and states to feed back."""
+        embeddings = self.embedding_layernorm(self.embed_tokens(input_ids))
+        fused = self.fusion_fc(torch.cat((embeddings, self.hidden_layernorm(hidden_states)), dim=-1))
+        hidden, residual = self.transformer(positions, fused, None)
+        hidden = hidden + residual
+        return self.pre_lm_head_layernorm(hidden), hidden
+
+
+class EagleSpeculatorForCausalLM(nn.Module):
+    """A draft of the type ``eagle``, which uses the verifier's LM head."""
+
+    has_own_lm_head = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.has_own_embed_tokens = False
+        self.model = EagleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head: Any = None  # vLLM puts the verifier's here
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """``[N]`` token ids → ``[N, H]`` embeddings."""
+        embeddings: Tensor = self.model.embed_tokens(input_ids)
+        return embeddings
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `EagleModel.forward`."""
+        if inputs_embeds is not None:
+            raise NotImplementedError("speculators of type 'eagle' draft from token ids, not from embeddings of images")
+        heads_and_states: tuple[Tensor, Tensor] = self.model(input_ids, positions, hidden_states)
+        return heads_and_states
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """``[N, H]`` inputs of the LM head → ``[N, V]`` logits."""
+        logits: Tensor | None = self.logits_processor(self._head(), hidden_states)
+        return logits
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """``[N, H]`` inputs of the LM head → ``[N]`` likeliest token ids, found without gathering logits."""
+        tokens: Tensor = self.logits_processor.get_top_tokens(self._head(), hidden_states)
+        return tokens
+
+    def _head(self) -> Any:
+        if self.lm_head is None:
+            raise RuntimeError("vLLM found no lm_head in the verifier, which speculators of type 'eagle' use")
+        return self.lm_head
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the output's tensors; returns the names of the parameters that are right.
+
+        Raises:
+            ValueError: A tensor is missing, or there is one that the config has no place for.
+        """
+        parameters = dict(self.model.named_parameters())
+        places = _places(parameters)
+        found: set[str] = set()
+        unexpected = []
+        for name, tensor in weights:
+            if name in places:
+                parameter, place = places[name]
+                load = getattr(parameter, "weight_loader", default_weight_loader)
+                load(parameter, tensor, *place)
+                found.add(name)
+            elif name != HEAD:
+                unexpected.append(name)
+        self.has_own_embed_tokens = EMBEDDING in found
+        missing = sorted(places.keys() - found - {EMBEDDING})
+        problems = [f"lacks {', '.join(missing)}"] if missing else []
+        problems += [f"holds {', '.join(sorted(unexpected))}, which its config does not tell of"] if unexpected else []
+        if problems:
+            raise ValueError(
+                f"this speculator of type 'eagle' {' and '.join(problems)}, so its drafts would be worthless; "
+                "convert the original checkpoint again"
+            )
+        if not self.has_own_embed_tokens and get_pp_group().world_size > 1:
+            raise ValueError(
+                "with pipeline parallelism, a speculator of type 'eagle' needs embeddings of its own; "
+                "convert it with --self-contained"
+            )
+        return {f"model.{name}" for name in parameters}
+
+
+def _places(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Parameter, tuple[str | int, ...]]]:
+    """Return stored name → the parameter that it goes into, and its place if others go there too."""
+    places: dict[str, tuple[nn.Parameter, tuple[str | int, ...]]] = {}
+    for name, parameter in parameters.items():
+        module, _, kind = name.rpartition(".")
+        owner, _, last = module.rpartition(".")
+        if last in JOINED:
+            places |= {f"{owner}.{piece}.{kind}": (parameter, (place,)) for piece, place in JOINED[last].items()}
+        else:
+            places[name] = (parameter, ())
+    return places
