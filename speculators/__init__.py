@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from speculators.hookspecs import hookimpl
     from speculators.plan import Facts, match
     from speculators.registry import Registry
-    from speculators.spec import Alternative, Context, ConverterSpec, Options, Original
+    from speculators.spec import Alternative, Context, ConverterSpec, Options, Original, Vllm
     from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
@@ -68,6 +68,7 @@ _HOMES = {
     "Table": "table",
     "ValidationError": "errors",
     "Verifier": "verifier",
+    "Vllm": "spec",
     "convert_model": "convert",
     "hookimpl": "hookspecs",
     "match": "plan",
@@ -106,6 +107,7 @@ __all__ = [
     "Table",
     "ValidationError",
     "Verifier",
+    "Vllm",
     "__version__",
     "convert_model",
     "decoder",

@@ -324,7 +324,15 @@ def _describe(result: ConversionResult) -> str:
         lines.append("not validated")
     else:
         lines += _describe_report(result.validation)
-    return "\n".join([*lines, f"Wrote {printable(str(result.output_path))}"])
+    lines.append(f"Wrote {printable(str(result.output_path))}")
+    if result.serving is not None:
+        lines += ["", "Serve it where vLLM is installed:"]
+        if result.serving.packages:
+            lines.append(f"    pip install {' '.join(result.serving.packages)}")
+        lines.append(f"    {printable(result.serving.command)}")
+        if result.serving.note:
+            lines.append(printable(result.serving.note))
+    return "\n".join(lines)
 
 
 def _section(title: str, entries: Mapping[str, str], arrow: str) -> list[str]:

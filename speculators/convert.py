@@ -20,6 +20,7 @@ from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import Algorithm, Registry
+from speculators.serving import Instructions, instructions
 from speculators.sharing import Completion, complete, settle
 from speculators.sources import Access, LocalLocation, local_path, parse
 from speculators.spec import Context
@@ -92,6 +93,7 @@ class ConversionResult:
         completed: Output name → what it was completed with: made from other tensors, written from the
             verifier, or left to the verifier, whose tensor engines share.
         notes: What the user should know, one sentence each.
+        serving: How vLLM serves the output; ``None`` when it does not serve its type.
         validation: The outcome of every check; ``None`` when validation was switched off.
     """
 
@@ -104,6 +106,7 @@ class ConversionResult:
     dropped: dict[str, str]
     completed: dict[str, str]
     notes: tuple[str, ...]
+    serving: Instructions | None
     validation: Report | None
 
 
@@ -187,6 +190,7 @@ def convert_model(
             progress=progress,
         )
         spec = conversion.algorithm.spec
+        serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
         with output.staged(target, overwrite) as folder:
             write(conversion, folder, max_shard_size=shard_size, progress=progress)
             verified()
@@ -213,6 +217,7 @@ def convert_model(
         | {each.target: f"the verifier's {each.role} was written" for each in conversion.completions}
         | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
         notes=conversion.notes,
+        serving=serving,
         validation=report,
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint import TOKENIZER_FILES
 from speculators.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def token_ids(prompts: Sequence[Prompt], verifier: Verifier) -> list[list[int]]:
 
 def made_up(verifier: Verifier, model: PreTrainedModel) -> list[list[int]]:
     """Return prompts for want of given ones: bundled text, or what a verifier without tokenizer samples."""
-    if _has_tokenizer(verifier):
+    if verifier.has_tokenizer:
         return token_ids(TEXTS, verifier)
     import torch
 
@@ -112,12 +111,8 @@ def made_up(verifier: Verifier, model: PreTrainedModel) -> list[list[int]]:
     return ids
 
 
-def _has_tokenizer(verifier: Verifier) -> bool:
-    return any(verifier.checkpoint.place.has(name) for name in TOKENIZER_FILES)
-
-
 def _tokenizer(verifier: Verifier) -> Any:
-    if not _has_tokenizer(verifier):
+    if not verifier.has_tokenizer:
         return None
     from transformers import AutoTokenizer
 

@@ -164,7 +164,7 @@ def _origin(entry_point: EntryPoint) -> tuple[str, str]:
 
 def _load_spec(entry_point: EntryPoint) -> type[ConverterSpec]:
     from speculators.config import SpeculatorConfig
-    from speculators.spec import INTERFACE, ConverterSpec, Options
+    from speculators.spec import INTERFACE, ConverterSpec, Options, Vllm
 
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
@@ -186,6 +186,8 @@ def _load_spec(entry_point: EntryPoint) -> type[ConverterSpec]:
             raise PluginError(f"{spec.__qualname__}.{member} is no subclass of {base.__name__}")
     if not isinstance(spec.aliases, tuple):
         raise PluginError(f"{spec.__qualname__}.aliases is {spec.aliases!r}, expected a tuple of names")
+    if not isinstance(spec.vllm, Vllm | None):
+        raise PluginError(f"{spec.__qualname__}.vllm is {spec.vllm!r}, expected a Vllm or None")
     if spec.name != entry_point.name:
         raise PluginError(f"its entry point is named {entry_point.name!r}, its spec {spec.name!r}")
     return spec

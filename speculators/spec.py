@@ -118,6 +118,20 @@ class Original:
 
 
 @dataclass(frozen=True)
+class Vllm:
+    """How vLLM serves an output type.
+
+    Attributes:
+        settings: What its ``--speculative-config`` says of drafts of this type: ``method``, and what else it needs
+            beside ``model`` and ``num_speculative_tokens``.
+        packages: Packages that teach it the type, to be installed beside it; none where it knows the type.
+    """
+
+    settings: Mapping[str, object]
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Alternative:
     """A value that an option could have instead, as far as the tensors tell.
 
@@ -152,6 +166,7 @@ class ConverterSpec(ABC):
         nested: Blocks of the native config in which trainers put the draft's own settings; what stands
             outside them wins.
         draft_to_target: Output name of the offsets from draft token ids to the verifier's, if there are any.
+        vllm: How vLLM serves the output type; ``None`` when it does not.
     """
 
     interface: ClassVar[int]
@@ -168,6 +183,7 @@ class ConverterSpec(ABC):
     buffers: ClassVar[tuple[str, ...]] = ()
     nested: ClassVar[tuple[str, ...]] = ("model", "text_config")
     draft_to_target: ClassVar[str] = ""
+    vllm: ClassVar[Vllm | None] = None
 
     @abstractmethod
     def recognises(self, source: Checkpoint) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint import Checkpoint
+from speculators.checkpoint import TOKENIZER_FILES, Checkpoint
 from speculators.errors import CheckpointError
 from speculators.sources import Access
 
@@ -104,6 +104,11 @@ class Verifier:
     def weights(self) -> Checkpoint | None:
         """The verifier's checkpoint if it holds weights; a config alone is enough for many drafts."""
         return self.checkpoint if self.checkpoint.has_weights else None
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        """Tell whether a tokenizer lies beside its config."""
+        return any(self.checkpoint.place.has(name) for name in TOKENIZER_FILES)
 
     def find(self, role: str) -> str | None:
         """Name the tensor that plays ``role``; ``None`` when there is none, or no weights at all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,20 @@ def variant(tmp_path: Path) -> Copy:
         )
 
     return copy
+
+
+@pytest.fixture
+def speaking(tmp_path: Path) -> Path:
+    """The verifier with a tokenizer whose ids are bytes, as those that it was trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path / "speaking"
+    shutil.copytree(VERIFIER, folder, ignore=shutil.ignore_patterns("golden"))
+    characters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder

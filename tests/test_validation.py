@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,23 +200,6 @@ def test_without_prompts_the_verifier_makes_some_up_and_they_are_always_the_same
     assert once.prompts == 16
     assert once.length > 3
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-@pytest.fixture
-def speaking(tmp_path: Path) -> Path:
-    """The verifier with a tokenizer whose ids are bytes, as those that it was trained on."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    folder = tmp_path / "speaking"
-    shutil.copytree(VERIFIER, folder, ignore=shutil.ignore_patterns("golden"))
-    characters = bytes_to_unicode()
-    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 def test_text_goes_through_the_tokenizer_of_the_verifier(converted: Path, speaking: Path) -> None:

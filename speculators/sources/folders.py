@@ -94,6 +94,16 @@ class Folder(ABC):
 
     @property
     @abstractmethod
+    def loadable(self) -> bool:
+        """Tell whether inference engines load models from what `reference` names."""
+
+    @property
+    def revision(self) -> str | None:
+        """The revision that the user asked for, which engines must be told beside `reference`."""
+        return None
+
+    @property
+    @abstractmethod
     def identity(self) -> Mapping[str, object]:
         """What the output's provenance says about it: the same for the same content."""
 
@@ -150,6 +160,11 @@ class LocalFolder(Folder):
     def reference(self) -> str:
         """Its path as the user gave it, or that of the folder of a file."""
         return self.name if self._whole else str(Path(self.name).parent)
+
+    @property
+    def loadable(self) -> bool:
+        """Folders are."""
+        return True
 
     @property
     def identity(self) -> Mapping[str, object]:
@@ -234,6 +249,11 @@ class UrlFolder(Folder):
     def reference(self) -> str:
         """Its address."""
         return self.name
+
+    @property
+    def loadable(self) -> bool:
+        """Addresses are not."""
+        return False
 
     def has(self, name: str) -> bool:
         """Tell whether the server has a file."""

@@ -157,6 +157,16 @@ class HubFolder(Folder):
         return f"{self._location.repository}{f':{inside}' if inside else ''}"
 
     @property
+    def loadable(self) -> bool:
+        """Whole repositories are, folders in them are not."""
+        return not self._inside
+
+    @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit that the user named."""
+        return self._location.revision
+
+    @property
     def identity(self) -> Mapping[str, object]:
         """Repository, commit, and folder or file, which mean the same content for ever."""
         found: dict[str, object] = {"repository": self._location.repository, "commit": self.commit}

@@ -31,6 +31,7 @@ from speculators import (
     SpeculatorConfig,
     Table,
     Verifier,
+    Vllm,
     decoder,
     hookimpl,
     match,
@@ -93,6 +94,7 @@ class Eagle(ConverterSpec):
     options = EagleOptions
     config = EagleConfig
     copies_embedding = True
+    vllm = Vllm({"method": "eagle"}, packages=("speculators-eagle",))
 
     def recognises(self, source: Checkpoint) -> bool:
         """EAGLE's modules without the norms of the HASS variant."""

@@ -33,7 +33,9 @@ def register() -> None:
     if known is describe:
         return
     if known is not None:
-        logger.info("vLLM %s knows speculators of type 'eagle' by itself; speculators-eagle leaves them to it", _version())
+        logger.info(
+            "vLLM %s knows speculators of type 'eagle' by itself; speculators-eagle leaves them to it", _version()
+        )
         return
     ModelRegistry.register_model(ARCHITECTURE, MODEL)
     register_speculator(TYPE)(describe)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators_eagle.vllm import missing_piece
+
 try:
     from vllm.compilation.decorators import support_torch_compile
     from vllm.config import VllmConfig

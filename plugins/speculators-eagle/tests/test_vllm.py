@@ -1,0 +1,48 @@
+"""What vLLM is taught, as far as it shows without vLLM; the real one is in the serving suite."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from checkpoints import DATA, VERIFIER
+
+from speculators import convert_model
+from speculators_eagle.vllm import describe, register
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+    (entry_point,) = entry_points(group="vllm.general_plugins", name="speculators_eagle")
+
+    assert entry_point.load() is register
+
+
+def test_without_vllm_it_says_so_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        register()
+
+    assert "cannot teach vLLM (not installed)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "layernorms", "fusion_bias"),
+    [("eagle1-fc-bias", False, True), ("eagle1-no-bias", False, False), ("hass-layernorms", True, False)],
+)
+def test_the_model_is_told_what_the_head_has(name: str, layernorms: bool, fusion_bias: bool, tmp_path: Path) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out", validate=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    layer = config["transformer_layer_config"]
+
+    describe(config, layer)
+
+    assert layer["architectures"] == ["EagleSpeculatorForCausalLM"]
+    assert (layer["layernorms"], layer["fusion_bias"]) == (layernorms, fusion_bias)
+    assert (layer["draft_vocab_size"], layer["target_hidden_size"]) == (256, 128)
+
+
+def test_a_config_that_does_not_tell_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not say layernorms and fusion_bias"):
+        describe({"speculators_model_type": "eagle"}, {})

@@ -1,0 +1,443 @@
+"""Real vLLM 0.32 serves what is converted, and accepts what the original code's drafts were accepted.
+
+vLLM runs in an environment of its own, which ``.ci/serve`` makes (see tests/compat); its interpreter is
+named by ``VLLM_PYTHON``. Everything is computed in float32 on the CPU, so counts are compared for equality.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors
+from safetensors.torch import load_file, save_file
+
+from speculators import convert_model, validate_model
+
+SCRIPT = Path(__file__).parents[1] / "compat" / "serve_with_vllm.py"
+PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one run of vLLM drafted, how much of it was accepted at each position, and what came out."""
+
+    drafts: int
+    accepted: list[int]
+    tokens: list[list[int]]
+
+    @property
+    def counts(self) -> tuple[int, list[int]]:
+        return self.drafts, self.accepted
+
+
+def vllm(*arguments: object) -> subprocess.CompletedProcess[str]:
+    assert "VLLM_PYTHON" in os.environ, "set VLLM_PYTHON to the interpreter of an environment with vLLM; see .ci/serve"
+    return subprocess.run(
+        [os.environ["VLLM_PYTHON"], *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
+
+
+def serve(model: Path, folder: Path, speculative: Mapping[str, Any] | None = None, prompts: int = 64) -> Served:
+    """Let vLLM continue the first so many prompts."""
+    asked = folder / "prompts.json"
+    asked.write_text(json.dumps(PROMPTS[:prompts]))
+    result = vllm(SCRIPT, model, asked, *([json.dumps(speculative)] if speculative else []))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Served(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((DATA / name / "golden" / "golden.json").read_text())["acceptance"]
+
+
+def counts(measured: Mapping[str, Any]) -> tuple[int, list[int]]:
+    return measured["drafts"], measured["accepted_per_position"]
+
+
+def measured(folder: Path) -> tuple[int, list[int]]:
+    """Return what our own validation counts on the same prompts."""
+    acceptance = validate_model(folder, level="acceptance", prompts=PROMPTS).acceptance
+    assert acceptance is not None
+    return acceptance.drafts, list(acceptance.accepted)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The verifier's own greedy output."""
+    return serve(VERIFIER, tmp_path_factory.mktemp("alone")).tokens
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_converted_head_is_served_as_the_model(name: str, tmp_path: Path, alone: list[list[int]]) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out")
+
+    served = serve(tmp_path / "out", tmp_path)
+
+    assert served.tokens == alone
+    assert served.counts == counts(golden(name)["reference_64"]) == measured(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_converted_head_is_served_beside_a_verifier(name: str, tmp_path: Path, alone: list[list[int]]) -> None:
+    config = tmp_path / "out" / "config.json"
+    convert_model(DATA / name, verifier=VERIFIER, output_path=config.parent)
+    method = json.loads(config.read_text())["speculators_model_type"]
+    config.write_text(config.read_text().replace(json.dumps(str(VERIFIER)), '"somewhere/else"'))
+
+    served = serve(VERIFIER, tmp_path, {"model": str(config.parent), "method": method, "num_speculative_tokens": 3})
+
+    assert served.tokens == alone
+    assert served.counts == counts(golden(name)["reference_64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stripped"),
+    [
+        ("eagle1-fc-bias", "fusion_fc.bias"),
+        ("hass-fc-bias", "transformer.self_attn.k_proj.weight"),
+        ("hass-layernorms", "embedding_layernorm.weight"),
+        ("hass-layernorms", "hidden_layernorm.weight"),
+        ("hass-layernorms", "pre_lm_head_layernorm.weight"),
+    ],
+)
+def test_an_output_that_lost_a_tensor_is_refused(name: str, stripped: str, tmp_path: Path) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out")
+    strip(tmp_path / "out", [stripped])
+
+    result = vllm(SCRIPT, tmp_path / "out", write_prompts(tmp_path))
+
+    assert result.returncode != 0
+    assert f"this speculator of type 'eagle' lacks {stripped}, so" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "tensors"),
+    [
+        ("eagle1-fc-bias", "fusion_bias", ["fusion_fc.bias"]),
+        (
+            "hass-layernorms",
+            "layernorms",
+            ["embedding_layernorm.weight", "hidden_layernorm.weight", "pre_lm_head_layernorm.weight"],
+        ),
+    ],
+)
+def test_an_output_whose_config_does_not_tell_of_a_tensor_is_refused(
+    name: str, flag: str, tensors: list[str], tmp_path: Path
+) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out")
+    amend(tmp_path / "out", {flag: False})
+
+    result = vllm(SCRIPT, tmp_path / "out", write_prompts(tmp_path))
+
+    assert result.returncode != 0
+    assert f"holds {', '.join(tensors)}, which its config does not tell of" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "tensors", "mistake"),
+    [
+        ("eagle1-fc-bias", "fusion_bias", ["fusion_fc.bias"], "fc_bias_dropped"),
+        ("hass-fc-bias", "fusion_bias", ["fusion_fc.bias"], "fc_bias_dropped"),
+        (
+            "hass-layernorms",
+            "layernorms",
+            ["embedding_layernorm.weight", "hidden_layernorm.weight", "pre_lm_head_layernorm.weight"],
+            "all_three_layernorms_ignored",
+        ),
+    ],
+)
+def test_a_head_without_what_it_was_trained_with_is_accepted_as_little_as_the_original_was(
+    name: str, flag: str, tensors: list[str], mistake: str, tmp_path: Path
+) -> None:
+    convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out")
+    strip(tmp_path / "out", tensors)
+    amend(tmp_path / "out", {flag: False})
+    wrong = golden(name)["wrong"][mistake]
+
+    assert serve(tmp_path / "out", tmp_path, prompts=wrong["prompts"]).counts == counts(wrong)
+
+
+def strip(folder: Path, names: list[str]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in names:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+
+
+def amend(folder: Path, changes: Mapping[str, Any]) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
+def write_prompts(folder: Path) -> Path:
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
+    return folder / "prompts.json"
+
+
+def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_biases(source: str) -> dict[str, torch.Tensor]:
+    return {f"{source}.self_attn.{name}_proj.bias": noise(size) for name, size in (("q", 128), ("k", 64), ("v", 64))}
+
+
+def embeddings(width: int) -> torch.Tensor:
+    return load_file(VERIFIER / "model.safetensors")["model.embed_tokens.weight"][:, :width] + noise(
+        256, width, scale=0.1
+    )
+
+
+VARIANTS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "eagle: biases on q, k and v, embeddings of its own, YaRN": lambda: (
+        "hass-layernorms",
+        {
+            "tensors": {**own_biases("layers.0"), "embed_tokens.weight": embeddings(128)},
+            "config": {"rope_scaling": YARN, "rope_theta": 50000.0},
+        },
+    ),
+    "eagle: biases on q, k, v and o, other heads than the verifier's": lambda: (
+        "eagle1-fc-bias",
+        {
+            "tensors": {
+                "layers.0.self_attn.q_proj.weight": noise(3 * 64, 128, scale=0.1),
+                "layers.0.self_attn.k_proj.weight": noise(64, 128, scale=0.1),
+                "layers.0.self_attn.v_proj.weight": noise(64, 128, scale=0.1),
+                "layers.0.self_attn.o_proj.weight": noise(128, 3 * 64, scale=0.05),
+                "layers.0.self_attn.q_proj.bias": noise(3 * 64),
+                "layers.0.self_attn.k_proj.bias": noise(64),
+                "layers.0.self_attn.v_proj.bias": noise(64),
+                "layers.0.self_attn.o_proj.bias": noise(128),
+            },
+            "config": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64},
+        },
+    ),
+    "eagle3: flags, and other states of the verifier": lambda: (
+        "eagle3",
+        {"config": {"norm_before_residual": True, "norm_output": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 6]}},
+    ),
+    "eagle3: a norm before fc, biases, YaRN": lambda: (
+        "eagle3",
+        {
+            "tensors": {**own_biases("midlayer"), "input_norm.weight": 1 + noise(384)},
+            "config": {"rope_scaling": YARN, "rope_theta": 50000.0},
+        },
+    ),
+    "eagle3: a norm for each of five states": lambda: (
+        "eagle3",
+        {
+            "tensors": {
+                "fc.weight": torch.cat(
+                    (read_tensors(DATA / "eagle3")["fc.weight"], noise(128, 256, scale=0.02).half()), 1
+                ),
+                **{f"fc_norm.{number}.weight": 2 + noise(128, seed=number) for number in range(5)},
+            },
+            "config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5, 6, 7]},
+        },
+    ),
+    "eagle3: the whole vocabulary": lambda: (
+        "eagle3",
+        {
+            "tensors": {"lm_head.weight": whole_head(), "d2t": None, "t2d": None},
+            "config": {"draft_vocab_size": 256, "norm_output": True},
+        },
+    ),
+    "eagle3: the whole vocabulary, the verifier's head, embeddings of its own": lambda: (
+        "eagle3",
+        {
+            "tensors": {**dict.fromkeys(("lm_head.weight", "d2t", "t2d")), "embed_tokens.weight": embeddings(128)},
+            "config": {"draft_vocab_size": 256},
+        },
+    ),
+    "eagle3: narrower than the verifier": lambda: (
+        "eagle3",
+        {"tensors": narrow(), "config": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}},
+    ),
+}
+
+
+def whole_head() -> torch.Tensor:
+    """The trained head for 64 tokens, with zeros for all others of the vocabulary."""
+    trained = read_tensors(DATA / "eagle3")
+    head = torch.zeros(256, 128, dtype=torch.float16)
+    head[torch.arange(64) + trained["d2t"]] = trained["lm_head.weight"]
+    return head
+
+
+def narrow() -> dict[str, torch.Tensor]:
+    """Tensors of a draft of half its verifier's width, not trained."""
+    shapes = {
+        "midlayer.self_attn.q_proj": (64, 128),
+        "midlayer.self_attn.k_proj": (32, 128),
+        "midlayer.self_attn.v_proj": (32, 128),
+        "midlayer.self_attn.o_proj": (64, 64),
+        "midlayer.mlp.gate_proj": (256, 64),
+        "midlayer.mlp.up_proj": (256, 64),
+        "midlayer.mlp.down_proj": (64, 256),
+        "fc": (64, 384),
+        "lm_head": (64, 64),
+    }
+    norms = ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm")
+    return {
+        **{f"{name}.weight": noise(*shape, scale=0.1) for name, shape in shapes.items()},
+        **{f"{name}.weight": 1 + noise(64) for name in norms},
+        "embed_tokens.weight": embeddings(64),
+    }
+
+
+@pytest.mark.parametrize("variant_name", VARIANTS)
+def test_what_a_head_can_have_reaches_vllm(variant_name: str, variant: Copy, tmp_path: Path) -> None:
+    """Made from trained heads, so that something is accepted, and judged by our own forward."""
+    name, changes = VARIANTS[variant_name]()
+    convert_model(variant(name, **changes), verifier=VERIFIER, output_path=tmp_path / "out")
+
+    served = serve(tmp_path / "out", tmp_path)
+
+    assert served.counts == measured(tmp_path / "out")
+    assert sum(served.accepted) > 10
+    assert served.counts != counts(golden(name)["reference_64"])
+
+
+def test_a_self_contained_head_keeps_the_embeddings_that_it_was_trained_with(tmp_path: Path) -> None:
+    convert_model(DATA / "eagle1-fc-bias", verifier=VERIFIER, output_path=tmp_path / "out", self_contained=True)
+
+    result = vllm(SCRIPT, tmp_path / "out", write_prompts(tmp_path))
+
+    assert result.returncode == 0, result.stderr
+    assert "distinct embed_tokens" in result.stdout + result.stderr
+
+
+def teach(code: str) -> list[str]:
+    """Run code where vLLM is installed, after imports; return the lines that it printed."""
+    prelude = """
+import vllm.model_executor.models.llama_eagle as llama_eagle
+from vllm import ModelRegistry
+from vllm.transformers_utils.configs.speculators import algos
+from speculators_eagle.vllm import ARCHITECTURE, describe, register
+known = algos.SUPPORTED_SPECULATORS_TYPES
+"""
+    result = vllm("-c", prelude + code)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return (result.stdout + result.stderr).splitlines()
+
+
+def test_the_plugin_can_be_loaded_again() -> None:
+    lines = teach("register(); register(); print(known['eagle'] is describe, ARCHITECTURE in ModelRegistry.models)")
+
+    assert "True True" in lines
+
+
+def test_the_plugin_leaves_the_type_to_a_vllm_that_knows_it() -> None:
+    lines = teach(
+        "known['eagle'] = len; register(); print(known['eagle'] is len, ARCHITECTURE in ModelRegistry.models)"
+    )
+
+    assert "True False" in lines
+    assert any("knows speculators of type 'eagle' by itself" in line for line in lines)
+
+
+def test_a_vllm_that_cannot_be_taught_still_starts_and_says_why() -> None:
+    lines = teach("del algos.register_speculator; register(); print(ARCHITECTURE in ModelRegistry.models)")
+
+    assert "False" in lines
+    assert any("cannot teach vLLM" in line and "'register_speculator'" in line for line in lines)
+
+
+def test_a_vllm_without_a_part_of_the_model_says_which() -> None:
+    lines = teach("""
+del llama_eagle.LlamaDecoderLayer
+try:
+    import speculators_eagle.vllm.model
+except ImportError as error:
+    print(error)
+""")
+
+    assert any("cannot teach vLLM" in line and "'LlamaDecoderLayer'" in line for line in lines)
+
+
+@pytest.mark.parametrize("missing", ["layernorms", "fusion_bias"])
+def test_a_config_that_does_not_say_what_the_head_has_is_refused(missing: str, tmp_path: Path) -> None:
+    convert_model(DATA / "hass-layernorms", verifier=VERIFIER, output_path=tmp_path / "out")
+    amend(tmp_path / "out", {missing: None})
+
+    result = vllm(SCRIPT, tmp_path / "out", write_prompts(tmp_path))
+
+    assert result.returncode != 0
+    assert f"does not say {missing} (true or false)" in result.stdout + result.stderr
+
+
+@contextmanager
+def server(command: str, folder: Path) -> Iterator[str]:
+    """Run what ``speculators convert`` says, on a free port of loopback; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program, *arguments = shlex.split(command)
+    vllm_command = Path(os.environ["VLLM_PYTHON"]).with_name(program)
+    log = folder / "server.log"
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            [vllm_command, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 400
+            while True:
+                assert running.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                with suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                    break
+                time.sleep(0.5)
+            yield address
+        finally:
+            os.killpg(running.pid, signal.SIGTERM)
+            running.wait(60)
+
+
+def test_the_openai_server_answers_a_completion(speaking: Path, tmp_path: Path) -> None:
+    result = convert_model(DATA / "hass-layernorms", verifier=speaking, output_path=tmp_path / "out")
+    assert result.serving is not None
+
+    with server(result.serving.command, tmp_path) as address:
+        request = {"prompt": "def __init__(self, ", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(request).encode(), headers)
+        with urllib.request.urlopen(asked) as response:
+            answer = json.load(response)
+        with urllib.request.urlopen(f"{address}/metrics") as response:
+            metrics = response.read().decode()
+
+    assert answer["choices"][0]["text"].startswith("self.")
+    assert answer["usage"]["completion_tokens"] == 40
+    drafts = re.search(r"^vllm:spec_decode_num_drafts_total\{.*\} (.*)$", metrics, re.MULTILINE)
+    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.*)$", metrics, re.MULTILINE)
+    assert drafts is not None
+    assert accepted is not None
+    assert 1 + float(accepted[1]) / float(drafts[1]) > 2.5
