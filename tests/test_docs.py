@@ -39,7 +39,7 @@ def test_the_python_example_of_the_readme_runs(
 
     exec(blocks(ROOT / "README.md", "python")[0], {})
 
-    assert capsys.readouterr().out == "layers.0.hidden_norm.weight\n"
+    assert capsys.readouterr().out == "layers.0.hidden_norm.weight\nvllm serve converted --skip-tokenizer-init\n"
 
 
 def test_the_examples_of_the_page_on_plugins_run(tmp_path: Path) -> None:

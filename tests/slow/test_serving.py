@@ -274,7 +274,7 @@ VARIANTS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     ),
     "eagle3: narrower than the verifier": lambda: (
         "eagle3",
-        {"tensors": narrow(), "config": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}},
+        {"tensors": narrow(), "config": {"hidden_size": 64}},
     ),
 }
 
@@ -288,23 +288,28 @@ def whole_head() -> torch.Tensor:
 
 
 def narrow() -> dict[str, torch.Tensor]:
-    """Tensors of a draft of half its verifier's width, not trained."""
-    shapes = {
-        "midlayer.self_attn.q_proj": (64, 128),
-        "midlayer.self_attn.k_proj": (32, 128),
-        "midlayer.self_attn.v_proj": (32, 128),
-        "midlayer.self_attn.o_proj": (64, 64),
-        "midlayer.mlp.gate_proj": (256, 64),
-        "midlayer.mlp.up_proj": (256, 64),
-        "midlayer.mlp.down_proj": (64, 256),
-        "fc": (64, 384),
-        "lm_head": (64, 64),
-    }
-    norms = ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm")
+    """The trained draft in half its verifier's width: what its head reads, and most of the embeddings."""
+    trained = {name: tensor.float() for name, tensor in read_tensors(DATA / "eagle3").items()}
+    embedding = load_file(VERIFIER / "model.safetensors")["model.embed_tokens.weight"]
+    read = torch.linalg.svd(trained["lm_head.weight"] * trained["norm.weight"]).Vh[:64]
+    seen = torch.linalg.svd(embedding).Vh[:64]
+    layer = {name.removeprefix("midlayer."): tensor for name, tensor in trained.items()}
+    joined = torch.block_diag(
+        (layer["input_layernorm.weight"][:, None] * seen.T), (layer["hidden_norm.weight"][:, None] * read.T)
+    )
+    after = layer["post_attention_layernorm.weight"][:, None] * read.T
     return {
-        **{f"{name}.weight": noise(*shape, scale=0.1) for name, shape in shapes.items()},
-        **{f"{name}.weight": 1 + noise(64) for name in norms},
-        "embed_tokens.weight": embeddings(64),
+        **{f"midlayer.self_attn.{each}_proj.weight": layer[f"self_attn.{each}_proj.weight"] @ joined for each in "qkv"},
+        **{f"midlayer.mlp.{each}_proj.weight": layer[f"mlp.{each}_proj.weight"] @ after for each in ("gate", "up")},
+        **{f"midlayer.{each}.weight": read @ layer[f"{each}.weight"] for each in ("self_attn.o_proj", "mlp.down_proj")},
+        **{
+            f"midlayer.{each}.weight": torch.ones(64)
+            for each in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        },
+        "fc.weight": read @ trained["fc.weight"],
+        "norm.weight": torch.ones(64),
+        "lm_head.weight": (trained["lm_head.weight"] * trained["norm.weight"]) @ read.T,
+        "embed_tokens.weight": embedding @ seen.T,
     }
 
 
@@ -333,6 +338,8 @@ def test_a_self_contained_head_keeps_the_embeddings_that_it_was_trained_with(tmp
 def teach(code: str) -> list[str]:
     """Run code where vLLM is installed, after imports; return the lines that it printed."""
     prelude = """
+import logging
+logging.basicConfig(level=logging.INFO)
 import vllm.model_executor.models.llama_eagle as llama_eagle
 from vllm import ModelRegistry
 from vllm.transformers_utils.configs.speculators import algos
