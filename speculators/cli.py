@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -328,7 +329,7 @@ def _describe(result: ConversionResult) -> str:
     if result.serving is not None:
         lines += ["", "Serve it where vLLM is installed:"]
         if result.serving.packages:
-            lines.append(f"    pip install {' '.join(result.serving.packages)}")
+            lines.append(f"    {printable(shlex.join(['pip', 'install', *result.serving.packages]))}")
         lines.append(f"    {printable(result.serving.command)}")
         if result.serving.note:
             lines.append(printable(result.serving.note))

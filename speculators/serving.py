@@ -36,17 +36,16 @@ def instructions(vllm: Vllm, config: SpeculatorConfig, output_path: Path, verifi
     repository of the Hub. Otherwise the user must have it somewhere else and name it.
     """
     path, place = str(output_path), verifier.checkpoint.place
-    if place.loadable and verifier.weights is not None:
-        arguments = ["vllm", "serve", path, *(["--revision", place.revision] if place.revision else [])]
-        if verifier.has_tokenizer:
-            return Instructions(shlex.join(arguments), vllm.packages)
-        note = f"{verifier.name} has no tokenizer, so prompts must be lists of token ids"
-        return Instructions(shlex.join([*arguments, "--skip-tokenizer-init"]), vllm.packages, note)
-    tokens = config.speculators_config.proposal_methods[0].speculative_tokens
-    settings = json.dumps({**vllm.settings, "model": path, "num_speculative_tokens": tokens})
-    return Instructions(
-        shlex.join(["vllm", "serve", "VERIFIER", "--speculative-config", settings]),
-        vllm.packages,
-        f"VERIFIER stands for a folder or a Hugging Face ID with the weights of {verifier.name}, which vLLM cannot "
-        "load from there",
-    )
+    path = f"./{path}" if path.startswith("-") else path
+    if not place.loadable or verifier.weights is None:
+        tokens = config.speculators_config.proposal_methods[0].speculative_tokens
+        settings = {**vllm.settings, "model": path, "method": vllm.method, "num_speculative_tokens": tokens}
+        arguments = ["VERIFIER", "--speculative-config", json.dumps(settings)]
+        why = "vLLM loads nothing from there" if not place.loadable else "there are no weights"
+        note = f"VERIFIER stands for a folder or a Hugging Face ID of {place.reference}; {why}"
+    else:
+        arguments, note = [path, *(["--revision", place.revision] if place.revision else [])], ""
+        if place.local is not None and not verifier.has_tokenizer:
+            arguments.append("--skip-tokenizer-init")
+            note = f'{place.reference} has no tokenizer: send lists of token ids, with "return_token_ids": true'
+    return Instructions(shlex.join(["vllm", "serve", *arguments]), vllm.packages, note)

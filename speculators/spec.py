@@ -35,10 +35,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from speculators.checkpoint import Checkpoint
 from speculators.config import SpeculatorConfig
@@ -117,18 +118,22 @@ class Original:
     targets: NDArray[Any] | None = None
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Vllm:
     """How vLLM serves an output type.
 
     Attributes:
-        settings: What its ``--speculative-config`` says of drafts of this type: ``method``, and what else it needs
-            beside ``model`` and ``num_speculative_tokens``.
+        method: The ``method`` in its ``--speculative-config``.
         packages: Packages that teach it the type, to be installed beside it; none where it knows the type.
+        settings: What ``--speculative-config`` needs beside ``method``, ``model`` and ``num_speculative_tokens``.
+
+    Raises:
+        ValueError: Something is not of its type.
     """
 
-    settings: Mapping[str, object]
+    method: str
     packages: tuple[str, ...] = ()
+    settings: dict[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

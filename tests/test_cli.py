@@ -63,7 +63,7 @@ Wrote {tmp_path / "out"}
 Serve it where vLLM is installed:
     pip install speculators-eagle
     vllm serve {tmp_path / "out"} --skip-tokenizer-init
-{VERIFIER} has no tokenizer, so prompts must be lists of token ids
+{VERIFIER} has no tokenizer: send lists of token ids, with "return_token_ids": true
 """
     )
 

@@ -34,16 +34,27 @@ def test_types_that_vllm_must_be_taught_name_what_teaches_it(source: str, speaki
     assert instructions(source, speaking, tmp_path).packages == ("speculators-eagle",)
 
 
-def test_a_path_with_blanks_is_quoted(speaking: Path, tmp_path: Path) -> None:
-    command = instructions("eagle3", speaking, tmp_path, "my head").command
+@pytest.mark.parametrize("name", ["my head", "it's", '"$HOME"', "a;b", "ümlaut"])
+def test_an_odd_path_is_quoted(name: str, speaking: Path, tmp_path: Path) -> None:
+    command = instructions("eagle3", speaking, tmp_path, name).command
 
-    assert shlex.split(command) == ["vllm", "serve", str(tmp_path / "my head")]
+    assert shlex.split(command) == ["vllm", "serve", str(tmp_path / name)]
+
+
+def test_a_path_that_looks_like_an_option_is_none(
+    speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    serving = convert_model(DATA / "eagle3", verifier=speaking, output_path="-head", validate=False).serving
+
+    assert serving == Instructions("vllm serve ./-head")
 
 
 def test_without_a_tokenizer_vllm_is_told_so(tmp_path: Path) -> None:
     assert instructions("eagle3", VERIFIER, tmp_path) == Instructions(
         f"vllm serve {tmp_path / 'out'} --skip-tokenizer-init",
-        note=f"{VERIFIER} has no tokenizer, so prompts must be lists of token ids",
+        note=f'{VERIFIER} has no tokenizer: send lists of token ids, with "return_token_ids": true',
     )
 
 
@@ -54,7 +65,6 @@ def test_a_revision_of_the_verifier_reaches_vllm(
     server.add("org/base", speaking)
     commit = server.repos["org/base"].refs["main"]
 
-    assert instructions("eagle3", "org/base", tmp_path).command == f"vllm serve {tmp_path / 'out'}"
     pinned = instructions("eagle3", f"org/base@{commit}", tmp_path, "pinned")
     assert pinned.command == f"vllm serve {tmp_path / 'pinned'} --revision {commit}"
 
@@ -83,7 +93,8 @@ def test_a_verifier_that_vllm_cannot_load_is_left_for_the_user_to_name(
     program, serve, verifier, option, settings = shlex.split(found.command)
     assert (program, serve, verifier, option) == ("vllm", "serve", "VERIFIER", "--speculative-config")
     assert json.loads(settings) == {"method": "eagle", "model": str(tmp_path / "out"), "num_speculative_tokens": 3}
-    assert found.note.startswith("VERIFIER stands for a folder or a Hugging Face ID with the weights of ")
+    reason = "there are no weights" if place == "a config without weights" else "vLLM loads nothing from there"
+    assert found.note == f"VERIFIER stands for a folder or a Hugging Face ID of {verifiers[place]}; {reason}"
 
 
 def test_the_number_of_draft_tokens_is_the_configs(tmp_path: Path) -> None:
@@ -132,7 +143,7 @@ def test_a_plugin_says_how_its_type_is_served(install: Install, tmp_path: Path) 
     source = write_checkpoint(tmp_path / "source", {}, {"toy.weight": torch.randn(128, 256)})
     (tmp_path / "bare").mkdir()
     shutil.copy(VERIFIER / "config.json", tmp_path / "bare")
-    said = 'Vllm({"method": "eagle3", "parallel_drafting": True}, packages=("toy-for-vllm",))'
+    said = 'Vllm("eagle3", packages=("toy-for-vllm",), settings={"parallel_drafting": True})'
     toy = TOY.replace('    name = "toy"\n', f'    name = "toy"\n    vllm = speculators.{said}\n')
 
     serving = convert_model(
@@ -141,12 +152,34 @@ def test_a_plugin_says_how_its_type_is_served(install: Install, tmp_path: Path) 
 
     assert serving is not None
     assert serving.packages == ("toy-for-vllm",)
-    assert '"method": "eagle3", "parallel_drafting": true' in serving.command
+    assert json.loads(shlex.split(serving.command)[-1]) == {
+        "model": str(tmp_path / "out"),
+        "method": "eagle3",
+        "num_speculative_tokens": 3,
+        "parallel_drafting": True,
+    }
 
 
-def test_a_plugin_that_says_it_otherwise_is_broken(install: Install) -> None:
-    registry = install("toy", TOY.replace('    name = "toy"\n', '    name = "toy"\n    vllm = "eagle3"\n'))
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("'eagle3'", "Toy.vllm is 'eagle3', expected a Vllm or None"),
+        ("speculators.Vllm('eagle3', packages='toy')", "Input should be a valid tuple"),
+        ("speculators.Vllm('eagle3', settings={'rates': {1}})", "input was not a valid JSON value"),
+        ("speculators.Vllm({'method': 'eagle3'})", "Input should be a valid string"),
+    ],
+)
+def test_a_plugin_that_says_it_otherwise_is_broken(said: str, why: str, install: Install) -> None:
+    registry = install("toy", TOY.replace('    name = "toy"\n', f'    name = "toy"\n    vllm = {said}\n'))
 
-    assert [str(each) for each in registry.broken] == [
-        "toy (speculators-toy 0.3.0): Toy.vllm is 'eagle3', expected a Vllm or None"
-    ]
+    (broken,) = registry.broken
+    assert why in str(broken)
+
+
+def test_a_verifier_by_its_cached_config_is_not_said_to_lack_a_tokenizer(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server.add("org/base", VERIFIER)
+
+    assert instructions("eagle3", "org/base", tmp_path) == Instructions(f"vllm serve {tmp_path / 'out'}")

@@ -174,7 +174,8 @@ def parse(location: str | Path) -> Location:
         CheckpointError: It is no place at all.
     """
     if isinstance(location, Path):
-        return LocalLocation(local_path(location), str(location))
+        path = local_path(location)
+        return LocalLocation(path, str(path))
     exact = bool(location.strip()) and _exists(local_path(location))
     text = location if exact else location.strip()
     if scheme := _SCHEME.match(text):

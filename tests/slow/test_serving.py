@@ -424,8 +424,25 @@ def server(command: str, folder: Path) -> Iterator[str]:
                 time.sleep(0.5)
             yield address
         finally:
-            os.killpg(running.pid, signal.SIGTERM)
-            running.wait(60)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(running.pid, number)
+                    running.wait(60)
+
+
+def ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(request).encode(), headers)
+    with urllib.request.urlopen(asked) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def counter(address: str, name: str) -> float:
+    with urllib.request.urlopen(f"{address}/metrics") as response:
+        found = re.search(rf"^vllm:spec_decode_{name}_total\{{.*\}} (.*)$", response.read().decode(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 def test_the_openai_server_answers_a_completion(speaking: Path, tmp_path: Path) -> None:
@@ -433,18 +450,32 @@ def test_the_openai_server_answers_a_completion(speaking: Path, tmp_path: Path) 
     assert result.serving is not None
 
     with server(result.serving.command, tmp_path) as address:
-        request = {"prompt": "def __init__(self, ", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-        headers = {"Content-Type": "application/json"}
-        asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(request).encode(), headers)
-        with urllib.request.urlopen(asked) as response:
-            answer = json.load(response)
-        with urllib.request.urlopen(f"{address}/metrics") as response:
-            metrics = response.read().decode()
+        answer = ask(address, {"prompt": "def __init__(self, ", "max_tokens": 40, "temperature": 0, "ignore_eos": True})
+        length = 1 + counter(address, "num_accepted_tokens") / counter(address, "num_drafts")
 
     assert answer["choices"][0]["text"].startswith("self.")
     assert answer["usage"]["completion_tokens"] == 40
-    drafts = re.search(r"^vllm:spec_decode_num_drafts_total\{.*\} (.*)$", metrics, re.MULTILINE)
-    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.*)$", metrics, re.MULTILINE)
-    assert drafts is not None
-    assert accepted is not None
-    assert 1 + float(accepted[1]) / float(drafts[1]) > 2.5
+    assert length > 2.5
+
+
+def test_the_server_needs_no_tokenizer(tmp_path: Path) -> None:
+    result = convert_model(DATA / "eagle1-fc-bias", verifier=VERIFIER, output_path=tmp_path / "out")
+    assert result.serving is not None
+
+    with server(f"{result.serving.command} --enforce-eager --dtype float32", tmp_path) as address:
+        prompt = list(b"def __init__(self, ")
+        answer = ask(address, {"prompt": prompt, "max_tokens": 40, "temperature": 0, "return_token_ids": True})
+
+    assert bytes(answer["choices"][0]["token_ids"]).startswith(b"self.")
+
+
+def test_the_number_of_draft_tokens_can_be_set_beside_an_output(tmp_path: Path) -> None:
+    for tokens in (3, 5):
+        convert_model(
+            DATA / "eagle1-no-bias", verifier=VERIFIER, output_path=tmp_path / str(tokens), speculative_tokens=tokens
+        )
+
+    served = serve(tmp_path / "3", tmp_path, {"num_speculative_tokens": 5})
+
+    assert len(served.accepted) == 5
+    assert served.counts == measured(tmp_path / "5")

@@ -94,7 +94,7 @@ class Eagle(ConverterSpec):
     options = EagleOptions
     config = EagleConfig
     copies_embedding = True
-    vllm = Vllm({"method": "eagle"}, packages=("speculators-eagle",))
+    vllm = Vllm("eagle", packages=("speculators-eagle",))
 
     def recognises(self, source: Checkpoint) -> bool:
         """EAGLE's modules without the norms of the HASS variant."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -20,7 +21,10 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     assert entry_point.load() is register
 
 
-def test_without_vllm_it_says_so_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_vllm_it_says_so_and_raises_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with caplog.at_level(logging.WARNING):
         register()
 

@@ -162,7 +162,7 @@ class Eagle3(ConverterSpec):
     config = Eagle3Config
     buffers = ("d2t", "t2d")
     draft_to_target = "d2t"
-    vllm = Vllm({"method": "eagle3"})
+    vllm = Vllm("eagle3")
     nested = ("model", "eagle_config", "text_config")
 
     def recognises(self, source: Checkpoint) -> bool:

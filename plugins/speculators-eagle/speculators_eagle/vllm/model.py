@@ -67,8 +67,8 @@ class EagleModel(nn.Module):
             prefix=maybe_prefix(prefix, "fusion_fc"),
             return_bias=False,
         )
-        # vLLM keeps keys and values under the layer's prefix, so its number must follow the verifier's.
-        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        # vLLM keeps keys and values under the layer's prefix, so its number must follow the verifier's last.
+        number = vllm_config.model_config.get_total_num_hidden_layers()
         self.transformer = LlamaDecoderLayer(
             vllm_config, disable_input_layernorm=True, prefix=maybe_prefix(prefix, f"layers.{number}"), config=config
         )
