@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 MODEL_TYPE_KEY = "speculators_model_type"
 """The key that marks a config as one in the speculators format."""
+
+
+def schema_problems(error: ValidationError) -> str:
+    """Say in one line what keeps a config from being of its type."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors())
 
 
 class TokenProposal(BaseModel):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -318,6 +318,19 @@ class Table:
     def writing(self) -> dict[str, Rename]:
         """The rows that may write a tensor by their target."""
         return {row.target: row for row in self.moving}
+
+    def shapes(self, dims: Mapping[str, int], parts: Container[str]) -> dict[str, tuple[int, ...]]:
+        """Return output name → shape of every tensor that an output of these sizes and parts can hold.
+
+        Raises:
+            KeyError: A symbol is not in ``dims``.
+        """
+        return {
+            row.numbered(numbers): tuple(evaluate(dimension, dims) for dimension in row.shape.split(","))
+            for row in self.moving
+            if not row.part or row.part in parts
+            for numbers in row.expansions(dims)
+        }
 
     def pieces(self, target: str) -> tuple[Merge, ...]:
         """Return the rows of the tensors that make up ``target``, in order."""

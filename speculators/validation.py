@@ -16,7 +16,7 @@ from pydantic import ValidationError as SchemaError
 
 from speculators import prompts as prompting
 from speculators.checkpoint import Checkpoint, read_json, stored_dtype
-from speculators.config import MODEL_TYPE_KEY
+from speculators.config import MODEL_TYPE_KEY, schema_problems
 from speculators.errors import CheckpointError, OptionError, ValidationError
 from speculators.output import PROVENANCE_FILE
 from speculators.plan import Facts, match, plan
@@ -235,8 +235,7 @@ def check(
     try:
         config = spec.config.model_validate(converted.config)
     except SchemaError as error:
-        wrong = [f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors()]
-        return Report((Check("config", False, "; ".join(wrong)),))
+        return Report((Check("config", False, schema_problems(error)),))
     output = _Output(converted, config, spec, verifier)
     checks = [check_structure(output)]
     if level == "structure" or not checks[-1].passed:

@@ -393,3 +393,22 @@ def test_a_width_may_be_written_in_either_order() -> None:
 def test_a_split_tensor_cannot_be_written_whole_too() -> None:
     with pytest.raises(ValueError, match=r"rows 'q' and '\(q\|qkv\)' both match 'q'"):
         Table((*QKV, Split("(q|qkv)", ("k", "v"))))
+
+
+def test_the_shapes_of_an_output_are_those_of_the_parts_that_it_has() -> None:
+    table = Table(
+        (
+            Rename("fc.bias", "fusion.bias", "H", part="bias"),
+            Keep("layers.{0:L}.q.weight", "heads*head_dim, 2*H"),
+            Shared("lm_head.weight", "lm_head.weight", "V, H", verifier="lm_head"),
+            Drop("**.inv_freq", "recomputed"),
+        )
+    )
+    dims = {"H": 8, "L": 2, "V": 32, "heads": 2, "head_dim": 6}
+
+    without = table.shapes(dims, frozenset())
+
+    assert without == {"layers.0.q.weight": (12, 16), "layers.1.q.weight": (12, 16), "lm_head.weight": (32, 8)}
+    assert table.shapes(dims, {"bias"}) == {"fusion.bias": (8,)} | without
+    with pytest.raises(KeyError, match="V"):
+        table.shapes({key: size for key, size in dims.items() if key != "V"}, ())

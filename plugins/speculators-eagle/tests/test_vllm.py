@@ -7,6 +7,7 @@ import logging
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import DATA, VERIFIER
@@ -43,10 +44,19 @@ def test_the_model_is_told_what_the_head_has(name: str, layernorms: bool, fusion
     describe(config, layer)
 
     assert layer["architectures"] == ["EagleSpeculatorForCausalLM"]
-    assert (layer["layernorms"], layer["fusion_bias"]) == (layernorms, fusion_bias)
-    assert (layer["draft_vocab_size"], layer["target_hidden_size"]) == (256, 128)
+    assert (layer["speculator"]["layernorms"], layer["speculator"]["fusion_bias"]) == (layernorms, fusion_bias)
 
 
-def test_a_config_that_does_not_tell_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not say layernorms and fusion_bias"):
-        describe({"speculators_model_type": "eagle"}, {})
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"layernorms": None}, "layernorms None: Input should be a valid boolean"),
+        ({"architectures": 1}, "architectures 1"),
+    ],
+)
+def test_a_config_that_is_none_of_the_type_is_refused(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
+    convert_model(DATA / "eagle1-fc-bias", verifier=VERIFIER, output_path=tmp_path / "out", validate=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text()) | changes
+
+    with pytest.raises(ValueError, match=f"no config of a speculator of type 'eagle': {why}"):
+        describe(config, config["transformer_layer_config"])

@@ -11,9 +11,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from packaging.version import Version
+from pydantic import ValidationError
+
+from speculators.config import schema_problems
+from speculators_eagle import EagleConfig
+
 TYPE = "eagle"
 ARCHITECTURE = "EagleSpeculatorForCausalLM"
 MODEL = "speculators_eagle.vllm.model:EagleSpeculatorForCausalLM"
+
+OLDEST = Version("0.31")
+"""Before 0.30, vLLM takes a compiled draft for that of another head, as its cache looks at the verifier alone
+(``SpeculativeConfig.compute_hash``); 0.31 is the oldest that was run."""
 
 logger = logging.getLogger("vllm.speculators_eagle")  # vLLM's handlers are those of the logger "vllm"
 
@@ -24,55 +34,56 @@ def register() -> None:
     Raises nothing: vLLM would not start, whatever it was to serve.
     """
     try:
-        from vllm import ModelRegistry
-        from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES, register_speculator
-    except ImportError as error:
-        logger.warning(missing_piece(error))
-        return
+        _register()
+    except Exception as error:  # noqa: BLE001 - whatever another vLLM lacks
+        logger.warning(cannot(f"{type(error).__name__}: {error}"))
+
+
+def _register() -> None:
+    from vllm import ModelRegistry, __version__
+    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES, register_speculator
+
     known = SUPPORTED_SPECULATORS_TYPES.get(TYPE)
     if known is describe:
         return
     if known is not None:
-        logger.info(
-            "vLLM %s knows speculators of type 'eagle' by itself; speculators-eagle leaves them to it", _version()
-        )
-        return
-    ModelRegistry.register_model(ARCHITECTURE, MODEL)
-    register_speculator(TYPE)(describe)
+        logger.info("vLLM %s knows speculators of type 'eagle' by itself and is left to it", __version__)
+    elif Version(__version__) < OLDEST:
+        logger.warning(cannot("it is too old"))
+    else:
+        ModelRegistry.register_model(ARCHITECTURE, MODEL)
+        register_speculator(TYPE)(describe)
 
 
 def describe(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
-    """Complete the config of the draft's layer by what the model needs to know, as vLLM asks of each type.
+    """Turn an output's config into that of the draft model, as vLLM asks of each type.
 
     Args:
         config_dict: The output's whole ``config.json``.
-        pre_trained_config: Its ``transformer_layer_config``, which becomes the config of the draft model.
+        pre_trained_config: Its ``transformer_layer_config``, which becomes the model's config; the output's
+            goes along as its ``speculator``.
 
     Raises:
-        ValueError: A key is missing that says what the head has.
+        ValueError: It is no config of the type.
     """
-    missing = [key for key in ("layernorms", "fusion_bias") if not isinstance(config_dict.get(key), bool)]
-    if missing:
-        raise ValueError(
-            f"the config of this speculator of type 'eagle' does not say {' and '.join(missing)} (true or false), "
-            "so nothing tells how its draft computes; convert the original checkpoint again"
-        )
-    pre_trained_config["architectures"] = [ARCHITECTURE]
-    for key in ("layernorms", "fusion_bias", "draft_vocab_size", "target_hidden_size"):
-        pre_trained_config[key] = config_dict.get(key)
-
-
-def missing_piece(error: ImportError) -> str:
-    """Say which part of vLLM is not where it is looked for."""
-    return (
-        f"speculators-eagle cannot teach vLLM {_version()} to serve speculators of type 'eagle', as it lacks a part: "
-        f"{error}. It was written for vLLM 0.32."
-    )
-
-
-def _version() -> str:
     try:
-        from vllm import __version__
+        speculator = EagleConfig.model_validate(config_dict)
+    except ValidationError as error:
+        raise ValueError(
+            f"this is no config of a speculator of type 'eagle': {schema_problems(error)}; "
+            "convert the original checkpoint again"
+        ) from error
+    pre_trained_config["speculator"] = speculator.model_dump(mode="json")
+    pre_trained_config["architectures"] = [ARCHITECTURE]
+
+
+def cannot(why: str) -> str:
+    """Say that this vLLM cannot be taught."""
+    try:
+        from vllm import __version__ as found
     except ImportError:
-        return "(not installed)"
-    return str(__version__)
+        found = "(not installed)"
+    return (
+        f"speculators-eagle cannot teach vLLM {found} to serve speculators of type 'eagle': {why}. "
+        f"It was written for vLLM 0.32 and takes {OLDEST} or later"
+    )

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speculators_eagle.vllm import missing_piece
+from speculators_eagle import TABLE, Eagle, EagleConfig
+from speculators_eagle.vllm import cannot
 
 try:
     from vllm.compilation.decorators import support_torch_compile
@@ -28,7 +29,7 @@ try:
     from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer
     from vllm.model_executor.models.utils import maybe_prefix
 except ImportError as error:
-    raise ImportError(missing_piece(error)) from error
+    raise ImportError(cannot(str(error))) from error
 
 JOINED: Mapping[str, Mapping[str, str | int]] = {
     "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
@@ -36,12 +37,8 @@ JOINED: Mapping[str, Mapping[str, str | int]] = {
 }
 """Projection of vLLM's Llama layer → the stored ones that it joins, each with what its loader calls the place."""
 
-
-EMBEDDING = "embed_tokens.weight"
-"""The verifier's is used when the output leaves it out."""
-
-HEAD = "lm_head.weight"
-"""The verifier's is used always; an output that holds one holds a copy of it."""
+EMBEDDING, HEAD = Eagle.embedding, Eagle.head
+"""An output leaves both out, or holds copies of the verifier's and embeddings that were trained."""
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0})
@@ -51,10 +48,11 @@ class EagleModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
+        speculator = EagleConfig.model_validate(config.speculator)
         size = config.hidden_size
 
         def norm() -> nn.Module:
-            return RMSNorm(size, eps=config.rms_norm_eps) if config.layernorms else nn.Identity()
+            return RMSNorm(size, eps=config.rms_norm_eps) if speculator.layernorms else nn.Identity()
 
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, size, prefix=maybe_prefix(prefix, "embed_tokens"))
         self.embedding_layernorm = norm()
@@ -62,7 +60,7 @@ class EagleModel(nn.Module):
         self.fusion_fc = ReplicatedLinear(
             2 * size,
             size,
-            bias=config.fusion_bias,
+            bias=speculator.fusion_bias,
             params_dtype=vllm_config.model_config.dtype,
             prefix=maybe_prefix(prefix, "fusion_fc"),
             return_bias=False,
@@ -84,13 +82,19 @@ class EagleModel(nn.Module):
 
 
 class EagleSpeculatorForCausalLM(nn.Module):
-    """A draft of the type ``eagle``, which uses the verifier's LM head."""
+    """A draft of the type ``eagle``, which uses the verifier's LM head.
+
+    Raises:
+        ValueError: It does not fit the verifier, or is run with another method.
+    """
 
     has_own_lm_head = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = vllm_config.speculative_config.draft_model_config.hf_config
+        speculative, verifier = vllm_config.speculative_config, vllm_config.model_config
+        self.config = speculative.draft_model_config.hf_config
+        _require_fit(self.config, speculative.method, verifier.get_hidden_size(), verifier.get_vocab_size())
         self.has_own_embed_tokens = False
         self.model = EagleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: Any = None  # vLLM puts the verifier's here
@@ -128,36 +132,56 @@ class EagleSpeculatorForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the output's tensors; returns the names of the parameters that are right.
 
+        Shapes are compared here, as vLLM's own loaders cut what is too large.
+
         Raises:
-            ValueError: A tensor is missing, or there is one that the config has no place for.
+            ValueError: A tensor is missing, there is one that the config does not tell of, or one of another shape.
+            NotImplementedError: The draft is in use already, and what it shares with the verifier would be written.
         """
+        if self.lm_head is not None:
+            raise NotImplementedError("a speculator of type 'eagle' cannot be loaded anew while it is served")
+        spec, config = Eagle(), EagleConfig.model_validate(self.config.speculator)
+        shapes = TABLE.shapes(spec.dims(config), spec.parts(config))
         parameters = dict(self.model.named_parameters())
         places = _places(parameters)
         found: set[str] = set()
-        unexpected = []
+        problems = []
         for name, tensor in weights:
-            if name in places:
+            found.add(name)
+            if name not in shapes:
+                problems.append(f"holds {name}, which its config does not tell of")
+            elif tuple(tensor.shape) != shapes[name]:
+                problems.append(f"holds {name} {list(tensor.shape)}, its config says {list(shapes[name])}")
+            elif name != HEAD:
                 parameter, place = places[name]
                 load = getattr(parameter, "weight_loader", default_weight_loader)
                 load(parameter, tensor, *place)
-                found.add(name)
-            elif name != HEAD:
-                unexpected.append(name)
-        self.has_own_embed_tokens = EMBEDDING in found
-        missing = sorted(places.keys() - found - {EMBEDDING})
-        problems = [f"lacks {', '.join(missing)}"] if missing else []
-        problems += [f"holds {', '.join(sorted(unexpected))}, which its config does not tell of"] if unexpected else []
+        if missing := sorted(shapes.keys() - found - {EMBEDDING, HEAD}):
+            problems.append(f"lacks {', '.join(missing)}")
         if problems:
             raise ValueError(
-                f"this speculator of type 'eagle' {' and '.join(problems)}, so its drafts would be worthless; "
+                f"this speculator of type 'eagle' {'; '.join(sorted(problems))}: its drafts would be worthless; "
                 "convert the original checkpoint again"
             )
+        self.has_own_embed_tokens = EMBEDDING in found
         if not self.has_own_embed_tokens and get_pp_group().world_size > 1:
             raise ValueError(
                 "with pipeline parallelism, a speculator of type 'eagle' needs embeddings of its own; "
                 "convert it with --self-contained"
             )
         return {f"model.{name}" for name in parameters}
+
+
+def _require_fit(config: Any, method: str, hidden_size: int, vocab_size: int) -> None:
+    """Compare a draft with how and beside which verifier it is run."""
+    sides = {
+        "method": (method, "eagle"),
+        "hidden size of the verifier": (hidden_size, config.hidden_size),
+        "vocabulary of the verifier": (vocab_size, config.vocab_size),
+    }
+    problems = [f"{what} is {is_!r}, expected {must!r}" for what, (is_, must) in sides.items() if is_ != must]
+    if problems:
+        raise ValueError(f"this speculator of type 'eagle' cannot be served so: {'; '.join(problems)}")
 
 
 def _places(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Parameter, tuple[str | int, ...]]]:
