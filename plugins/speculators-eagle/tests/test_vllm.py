@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -60,3 +61,16 @@ def test_a_config_that_is_none_of_the_type_is_refused(changes: dict[str, Any], w
 
     with pytest.raises(ValueError, match=f"no config of a speculator of type 'eagle': {why}"):
         describe(config, config["transformer_layer_config"])
+
+
+def test_vllm_is_imported_by_its_own_module_only() -> None:
+    import speculators
+    import speculators_eagle
+
+    package = Path(speculators_eagle.__file__).parent
+    files = [*package.rglob("*.py"), *Path(speculators.__file__).parent.rglob("*.py")]
+    importing = {
+        file.parent for file in files if re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.MULTILINE)
+    }
+
+    assert importing == {package / "vllm"}
