@@ -6,18 +6,16 @@ Each output type subclasses `SpeculatorConfig` with its own fields.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from speculators.errors import CheckpointError
+
 MODEL_TYPE_KEY = "speculators_model_type"
 """The key that marks a config as one in the speculators format."""
-
-
-def schema_problems(error: ValidationError) -> str:
-    """Say in one line what keeps a config from being of its type."""
-    return "; ".join(f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors())
 
 
 class TokenProposal(BaseModel):
@@ -103,6 +101,19 @@ class SpeculatorConfig(BaseModel):
     draft_vocab_size: int
     target_hidden_size: int | None = None
     dtype: str
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Self:
+        """Check what a ``config.json`` says.
+
+        Raises:
+            CheckpointError: It is not of this type; names every key that is wrong.
+        """
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors()]
+            raise CheckpointError("; ".join(wrong)) from error
 
     def to_json(self) -> str:
         """Serialise with sorted keys and a final newline; the same config gives the same bytes."""

@@ -67,6 +67,7 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
         notes.append("config.json names no rope_theta: 10000, the default of the training code, is written")
     if config.get("partial_rotary_factor") is not None:
         merged.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    notes += _drop_idle_factor(merged)
     if merged["rope_type"] in EXTENDING_TYPES:
         original = config.get("original_max_position_embeddings") or positions
         if not merged.get("original_max_position_embeddings"):
@@ -79,6 +80,17 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
     if absent := [name for name in REQUIRED_FIELDS[kind] if merged.get(name) is None]:
         raise CheckpointError(f"config.json says rope_type {kind!r} without {', '.join(absent)}, which it needs")
     return merged, notes
+
+
+def _drop_idle_factor(parameters: dict[str, Any]) -> list[str]:
+    """Remove what transformers' Llama layers ignore without scaling and vLLM does not; returns notes."""
+    if parameters["rope_type"] != "default" or parameters.get("partial_rotary_factor", 1) == 1:
+        return []
+    factor = parameters.pop("partial_rotary_factor")
+    return [
+        f"partial_rotary_factor {factor:g} is left out: without scaling, the Llama layers of the training code rotate "
+        "whole heads, and engines would rotate parts of them"
+    ]
 
 
 def _is_number(value: Any) -> bool:

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError as SchemaError
-
 from speculators import prompts as prompting
 from speculators.checkpoint import Checkpoint, read_json, stored_dtype
-from speculators.config import MODEL_TYPE_KEY, schema_problems
+from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import CheckpointError, OptionError, ValidationError
 from speculators.output import PROVENANCE_FILE
 from speculators.plan import Facts, match, plan
@@ -233,9 +231,9 @@ def check(
     """
     require_level(level, diagnose)
     try:
-        config = spec.config.model_validate(converted.config)
-    except SchemaError as error:
-        return Report((Check("config", False, schema_problems(error)),))
+        config = spec.config.read(converted.config)
+    except CheckpointError as error:
+        return Report((Check("config", False, str(error)),))
     output = _Output(converted, config, spec, verifier)
     checks = [check_structure(output)]
     if level == "structure" or not checks[-1].passed:

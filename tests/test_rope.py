@@ -57,14 +57,27 @@ DEFAULT_NOTE = "config.json names no rope_theta: 10000, the default of the train
             id="rope_type before type",
         ),
         pytest.param(
-            {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
-            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
             id="partial rotary factor beside",
         ),
         pytest.param(
-            {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}},
-            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.25},
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 5e5,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 0.25},
             id="partial rotary factor within",
+        ),
+        pytest.param(
+            {"rope_theta": 5e5, "partial_rotary_factor": 1.0},
+            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0},
+            id="partial rotary factor of one",
         ),
         pytest.param(
             {"rope_theta": 5e5, "partial_rotary_factor": None},
@@ -80,6 +93,13 @@ DEFAULT_NOTE = "config.json names no rope_theta: 10000, the default of the train
 )
 def test_both_spellings_are_read(config: dict[str, Any], expected: dict[str, Any]) -> None:
     assert rope_parameters(config, 2048) == (expected, [])
+
+
+def test_a_factor_that_llama_layers_ignore_is_left_out_with_a_note() -> None:
+    parameters, notes = rope_parameters({"rope_theta": 5e5, "partial_rotary_factor": 0.5}, 2048)
+
+    assert parameters == {"rope_type": "default", "rope_theta": 5e5}
+    assert [note.partition(":")[0] for note in notes] == ["partial_rotary_factor 0.5 is left out"]
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from packaging.version import Version
-from pydantic import ValidationError
+from packaging.version import InvalidVersion, Version
 
-from speculators.config import schema_problems
+from speculators import CheckpointError
 from speculators_eagle import EagleConfig
 
 TYPE = "eagle"
 ARCHITECTURE = "EagleSpeculatorForCausalLM"
 MODEL = "speculators_eagle.vllm.model:EagleSpeculatorForCausalLM"
 
-OLDEST = Version("0.31")
-"""Before 0.30, vLLM takes a compiled draft for that of another head, as its cache looks at the verifier alone
-(``SpeculativeConfig.compute_hash``); 0.31 is the oldest that was run."""
+OLDEST = (0, 31)
+"""The oldest vLLM that was run. Before 0.30, a compiled draft is taken for that of another head, as the cache looks at
+the verifier alone (``SpeculativeConfig.compute_hash``)."""
+
+UNTAGGED = (0, 1)
+"""What a build from a checkout without tags calls itself, whatever it is."""
 
 logger = logging.getLogger("vllm.speculators_eagle")  # vLLM's handlers are those of the logger "vllm"
 
@@ -48,7 +50,7 @@ def _register() -> None:
         return
     if known is not None:
         logger.info("vLLM %s knows speculators of type 'eagle' by itself and is left to it", __version__)
-    elif Version(__version__) < OLDEST:
+    elif UNTAGGED < _release(__version__) < OLDEST:
         logger.warning(cannot("it is too old"))
     else:
         ModelRegistry.register_model(ARCHITECTURE, MODEL)
@@ -67,11 +69,10 @@ def describe(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) ->
         ValueError: It is no config of the type.
     """
     try:
-        speculator = EagleConfig.model_validate(config_dict)
-    except ValidationError as error:
+        speculator = EagleConfig.read(config_dict)
+    except CheckpointError as error:
         raise ValueError(
-            f"this is no config of a speculator of type 'eagle': {schema_problems(error)}; "
-            "convert the original checkpoint again"
+            f"this is no config of a speculator of type 'eagle': {error}; convert the original checkpoint again"
         ) from error
     pre_trained_config["speculator"] = speculator.model_dump(mode="json")
     pre_trained_config["architectures"] = [ARCHITECTURE]
@@ -85,5 +86,12 @@ def cannot(why: str) -> str:
         found = "(not installed)"
     return (
         f"speculators-eagle cannot teach vLLM {found} to serve speculators of type 'eagle': {why}. "
-        f"It was written for vLLM 0.32 and takes {OLDEST} or later"
+        f"Install vLLM {'.'.join(map(str, OLDEST))} or later; 0.32 is what it was written for"
     )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    try:
+        return Version(version).release[:2]
+    except InvalidVersion:
+        return UNTAGGED

@@ -37,9 +37,6 @@ JOINED: Mapping[str, Mapping[str, str | int]] = {
 }
 """Projection of vLLM's Llama layer → the stored ones that it joins, each with what its loader calls the place."""
 
-EMBEDDING, HEAD = Eagle.embedding, Eagle.head
-"""An output leaves both out, or holds copies of the verifier's and embeddings that were trained."""
-
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0})
 class EagleModel(nn.Module):
@@ -48,7 +45,7 @@ class EagleModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
-        speculator = EagleConfig.model_validate(config.speculator)
+        speculator = EagleConfig.read(config.speculator)
         size = config.hidden_size
 
         def norm() -> nn.Module:
@@ -111,8 +108,8 @@ class EagleSpeculatorForCausalLM(nn.Module):
         """See `EagleModel.forward`."""
         if inputs_embeds is not None:
             raise NotImplementedError("speculators of type 'eagle' draft from token ids, not from embeddings of images")
-        heads_and_states: tuple[Tensor, Tensor] = self.model(input_ids, positions, hidden_states)
-        return heads_and_states
+        outputs: tuple[Tensor, Tensor] = self.model(input_ids, positions, hidden_states)
+        return outputs
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[N, H]`` inputs of the LM head → ``[N, V]`` logits."""
@@ -125,9 +122,14 @@ class EagleSpeculatorForCausalLM(nn.Module):
         return tokens
 
     def _head(self) -> Any:
-        if self.lm_head is None:
-            raise RuntimeError("vLLM found no lm_head in the verifier, which speculators of type 'eagle' use")
-        return self.lm_head
+        if self.lm_head is not None:
+            return self.lm_head
+        if self.has_own_embed_tokens:
+            raise RuntimeError(
+                "vLLM's model of the verifier has no lm_head, only embeddings, and this speculator of type 'eagle' "
+                "has others; convert it without --self-contained, or serve the verifier alone"
+            )
+        return self.model.embed_tokens  # the verifier's, which ties them
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the output's tensors; returns the names of the parameters that are right.
@@ -140,8 +142,9 @@ class EagleSpeculatorForCausalLM(nn.Module):
         """
         if self.lm_head is not None:
             raise NotImplementedError("a speculator of type 'eagle' cannot be loaded anew while it is served")
-        spec, config = Eagle(), EagleConfig.model_validate(self.config.speculator)
+        spec, config = Eagle(), EagleConfig.read(self.config.speculator)
         shapes = TABLE.shapes(spec.dims(config), spec.parts(config))
+        del shapes[spec.head]  # the type has no room for a head of its own
         parameters = dict(self.model.named_parameters())
         places = _places(parameters)
         found: set[str] = set()
@@ -152,18 +155,18 @@ class EagleSpeculatorForCausalLM(nn.Module):
                 problems.append(f"holds {name}, which its config does not tell of")
             elif tuple(tensor.shape) != shapes[name]:
                 problems.append(f"holds {name} {list(tensor.shape)}, its config says {list(shapes[name])}")
-            elif name != HEAD:
+            else:
                 parameter, place = places[name]
                 load = getattr(parameter, "weight_loader", default_weight_loader)
                 load(parameter, tensor, *place)
-        if missing := sorted(shapes.keys() - found - {EMBEDDING, HEAD}):
+        if missing := sorted(shapes.keys() - found - {spec.embedding}):
             problems.append(f"lacks {', '.join(missing)}")
         if problems:
             raise ValueError(
                 f"this speculator of type 'eagle' {'; '.join(sorted(problems))}: its drafts would be worthless; "
                 "convert the original checkpoint again"
             )
-        self.has_own_embed_tokens = EMBEDDING in found
+        self.has_own_embed_tokens = spec.embedding in found
         if not self.has_own_embed_tokens and get_pp_group().world_size > 1:
             raise ValueError(
                 "with pipeline parallelism, a speculator of type 'eagle' needs embeddings of its own; "
@@ -181,7 +184,10 @@ def _require_fit(config: Any, method: str, hidden_size: int, vocab_size: int) ->
     }
     problems = [f"{what} is {is_!r}, expected {must!r}" for what, (is_, must) in sides.items() if is_ != must]
     if problems:
-        raise ValueError(f"this speculator of type 'eagle' cannot be served so: {'; '.join(problems)}")
+        raise ValueError(
+            f"this speculator of type 'eagle' cannot be served so: {'; '.join(problems)}; pass the method 'eagle' and "
+            "the verifier that it was converted for"
+        )
 
 
 def _places(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Parameter, tuple[str | int, ...]]]:
