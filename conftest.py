@@ -13,4 +13,4 @@ os.environ |= {"HF_HOME": _home, "HF_ENDPOINT": "http://127.0.0.1:9"}
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
-pytest_plugins = ["checkpoints", "installing", "serving"]
+pytest_plugins = ["checkpoints", "installing", "loopback"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from speculators.dtypes import FLOATS
 from speculators.operations import Cut, Operation, join
-from speculators.table import Drop, Merge, Refuse, Rename, Shared, Split, Table, evaluate, fill
+from speculators.table import Drop, Merge, Refuse, Rename, Shared, Split, Table, evaluate_shape, fill
 from speculators.weights import TensorInfo
 
 
@@ -336,7 +336,7 @@ class _Builder:
 
     def shape(self, row: Rename | Merge) -> tuple[int, ...] | None:
         try:
-            return tuple(evaluate(dimension, self.facts.dims) for dimension in row.shape.split(","))
+            return evaluate_shape(row.shape, self.facts.dims)
         except KeyError as error:
             self.unknown.add(error.args[0])
             return None

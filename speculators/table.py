@@ -326,7 +326,7 @@ class Table:
             KeyError: A symbol is not in ``dims``.
         """
         return {
-            row.numbered(numbers): tuple(evaluate(dimension, dims) for dimension in row.shape.split(","))
+            row.numbered(numbers): evaluate_shape(row.shape, dims)
             for row in self.moving
             if not row.part or row.part in parts
             for numbers in row.expansions(dims)
@@ -370,6 +370,15 @@ def evaluate(product: str, dims: Mapping[str, int]) -> int:
     for factor in map(str.strip, product.split("*")):
         result *= int(factor) if factor.isdigit() else dims[factor]
     return result
+
+
+def evaluate_shape(shape: str, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Compute a shape such as ``"2*H, H"``.
+
+    Raises:
+        KeyError: A symbol is not in ``dims``.
+    """
+    return tuple(evaluate(dimension, dims) for dimension in shape.split(","))
 
 
 def fill(pattern: str, numbers: tuple[int, ...]) -> str:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from checkpoints import DATA, VERIFIER
 from safetensors.torch import load_file
 from torch import Tensor
 
-from speculators import Checkpoint, Registry, Verifier, convert_model
+from speculators import Checkpoint, Registry, Verifier, convert_model, validate_model
 from speculators.convert import prepare
 from speculators.draft import Draft, of_output, of_source
 
 TOLERANCE = 1e-4
 """Largest difference over the largest value, in float32."""
+
+
+PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
+"""Token ids of the prompts on which acceptance was measured."""
+
+
+def acceptance(name: str) -> dict[str, Any]:
+    """Read what was measured with the original code: ``reference_64``, and under ``wrong`` what mistakes do."""
+    found: dict[str, Any] = json.loads((DATA / name / "golden" / "golden.json").read_text())["acceptance"]
+    return found
+
+
+def counts(measurement: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Return drafts, and how many were accepted at each position."""
+    return measurement["drafts"], measurement["accepted_per_position"]
+
+
+def measured(folder: Path, prompts: int = len(PROMPTS), plugins: Registry | None = None) -> tuple[int, list[int]]:
+    """Count the same with our own validation, on the first so many prompts."""
+    found = validate_model(folder, level="acceptance", prompts=PROMPTS[:prompts], registry=plugins).acceptance
+    assert found is not None
+    return found.drafts, list(found.accepted)
 
 
 def converted_draft(source: Path, folder: Path, verifier: Path = VERIFIER, **options: object) -> Draft:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import DATA, VERIFIER, Copy
 from damaged import AUX, SPECS, configured, dropped, layers_configured, registry, rope
+from golden import acceptance
 
 from speculators import ConverterSpec, ValidationError, convert_model
 from speculators_eagle import Eagle
@@ -67,7 +67,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_every_damage_in_the_goldens_is_in_the_table(name: str) -> None:
-    measured = json.loads((DATA / name / "golden" / "golden.json").read_text())["acceptance"]["wrong"]
+    measured = acceptance(name)["wrong"]
 
     assert set(measured) <= set(FOUND[name])
 

@@ -17,7 +17,7 @@ import torch
 from checkpoints import DATA, VERIFIER, Copy, contents, read_tensors, weights, write_checkpoint
 from click.testing import CliRunner
 from huggingface_hub import hf_hub_download, scan_cache_dir
-from serving import SIGNATURE, Fault, Server, Start, wait_for
+from loopback import SIGNATURE, Fault, Server, Start, wait_for
 
 from speculators import CheckpointError, ConversionResult, SpeculatorsError, convert_model, validate_model
 from speculators.cli import cli

@@ -12,7 +12,7 @@ import torch
 from checkpoints import DATA, VERIFIER, write_checkpoint
 from click.testing import CliRunner
 from installing import TOY, Install
-from serving import Server
+from loopback import Server
 
 from speculators import convert_model
 from speculators.cli import cli

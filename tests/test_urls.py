@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import DATA, VERIFIER, Copy, contents, weights
 from click.testing import CliRunner
-from serving import Fault, Server, Start
+from loopback import Fault, Server, Start
 
 from speculators import CheckpointError, ConversionResult, convert_model, validate_model
 from speculators.cli import cli

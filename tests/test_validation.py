@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import DATA, TRAINED, VERIFIER, read_tensors
 from click.testing import CliRunner
+from golden import PROMPTS, acceptance
 from safetensors.torch import save_file
 
 from speculators import AlgorithmError, CheckpointError, OptionError, Verifier, convert_model, validate_model
@@ -17,7 +18,6 @@ from speculators import prompts as prompting
 from speculators.cli import cli
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_weights_that_compute_nan_fail_the_forward(converted: Path) -> None:
 
 
 def test_acceptance_equals_the_counts_of_the_original_code(converted: Path) -> None:
-    expected = json.loads((DATA / "eagle3" / "golden" / "golden.json").read_text())["acceptance"]
+    expected = acceptance("eagle3")
     expected = expected["reference_same_prompts_as_wrong"]
 
     report = validate_model(converted, level="acceptance", prompts=PROMPTS[: expected["prompts"]])

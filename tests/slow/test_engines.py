@@ -7,18 +7,16 @@ named by ``SPECULATORS_09_PYTHON`` and ``VLLM_PYTHON``.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import torch
 from checkpoints import VERIFIER, Copy
 
 from speculators import convert_model
 
-COMPAT = Path(__file__).parents[1] / "compat"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0}
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -27,14 +25,7 @@ pytestmark = pytest.mark.slow
 
 def ask(variable: str, script: str, folders: list[Path]) -> list[dict[str, Any]]:
     """Run a script of tests/compat on converted folders and return what it printed."""
-    assert variable in os.environ, f"set {variable} to the interpreter of the environment that {script} needs"
-    result = subprocess.run(
-        [os.environ[variable], str(COMPAT / script), *map(str, folders)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    result = engines.run(variable, engines.COMPAT / script, *folders)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 

@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import torch
 from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors
+from golden import PROMPTS, acceptance, counts, measured
 from safetensors.torch import load_file, save_file
 
-from speculators import convert_model, validate_model
+from speculators import convert_model
 
-SCRIPT = Path(__file__).parents[1] / "compat" / "serve_with_vllm.py"
-PROMPTS = json.loads((VERIFIER / "golden" / "prompts.json").read_text())["prompts"]
+SCRIPT = engines.COMPAT / "serve_with_vllm.py"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 pytestmark = pytest.mark.slow
@@ -49,38 +50,20 @@ class Served:
 
 
 def vllm(*arguments: object) -> subprocess.CompletedProcess[str]:
-    assert "VLLM_PYTHON" in os.environ, "set VLLM_PYTHON to the interpreter of an environment with vLLM; see .ci/serve"
-    return subprocess.run(
-        [os.environ["VLLM_PYTHON"], *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-    )
+    return engines.run("VLLM_PYTHON", *arguments)
+
+
+def write_prompts(folder: Path, prompts: int = 2) -> Path:
+    """Write the first so many prompts for the script to read."""
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS[:prompts]))
+    return folder / "prompts.json"
 
 
 def serve(model: Path, folder: Path, speculative: Mapping[str, Any] | None = None, prompts: int = 64) -> Served:
     """Let vLLM continue the first so many prompts."""
-    asked = folder / "prompts.json"
-    asked.write_text(json.dumps(PROMPTS[:prompts]))
-    result = vllm(SCRIPT, model, asked, *([json.dumps(speculative)] if speculative else []))
+    result = vllm(SCRIPT, model, write_prompts(folder, prompts), *([json.dumps(speculative)] if speculative else []))
     assert result.returncode == 0, result.stdout + result.stderr
     return Served(**json.loads(result.stdout.splitlines()[-1]))
-
-
-def golden(name: str) -> dict[str, Any]:
-    return json.loads((DATA / name / "golden" / "golden.json").read_text())["acceptance"]
-
-
-def counts(measured: Mapping[str, Any]) -> tuple[int, list[int]]:
-    return measured["drafts"], measured["accepted_per_position"]
-
-
-def measured(folder: Path) -> tuple[int, list[int]]:
-    """Return what our own validation counts on the same prompts."""
-    acceptance = validate_model(folder, level="acceptance", prompts=PROMPTS).acceptance
-    assert acceptance is not None
-    return acceptance.drafts, list(acceptance.accepted)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +79,7 @@ def test_a_converted_head_is_served_as_the_model(name: str, tmp_path: Path, alon
     served = serve(tmp_path / "out", tmp_path)
 
     assert served.tokens == alone
-    assert served.counts == counts(golden(name)["reference_64"]) == measured(tmp_path / "out")
+    assert served.counts == counts(acceptance(name)["reference_64"]) == measured(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -109,7 +92,7 @@ def test_a_converted_head_is_served_beside_a_verifier(name: str, tmp_path: Path,
     served = serve(VERIFIER, tmp_path, {"model": str(config.parent), "method": method, "num_speculative_tokens": 3})
 
     assert served.tokens == alone
-    assert served.counts == counts(golden(name)["reference_64"])
+    assert served.counts == counts(acceptance(name)["reference_64"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +187,7 @@ def test_a_head_without_what_it_was_trained_with_is_accepted_as_little_as_the_or
     convert_model(DATA / name, verifier=VERIFIER, output_path=tmp_path / "out")
     strip(tmp_path / "out", tensors)
     amend(tmp_path / "out", {flag: False})
-    wrong = golden(name)["wrong"][mistake]
+    wrong = acceptance(name)["wrong"][mistake]
 
     assert serve(tmp_path / "out", tmp_path, prompts=wrong["prompts"]).counts == counts(wrong)
 
@@ -223,11 +206,6 @@ def amend(folder: Path, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         config[key] = config[key] | value if isinstance(value, dict) else value
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def write_prompts(folder: Path) -> Path:
-    (folder / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
-    return folder / "prompts.json"
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> torch.Tensor:
@@ -367,7 +345,7 @@ def test_what_a_head_can_have_reaches_vllm(variant_name: str, variant: Copy, tmp
 
     assert served.counts == measured(tmp_path / "out")
     assert sum(served.accepted) > 10
-    assert served.counts != counts(golden(name)["reference_64"])
+    assert served.counts != counts(acceptance(name)["reference_64"])
 
 
 def test_a_verifier_that_has_no_lm_head_in_vllm_lends_its_embeddings(variant: Copy, tmp_path: Path) -> None:
@@ -472,14 +450,14 @@ def server(command: str, folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program, *arguments = shlex.split(command)
-    vllm_command = Path(os.environ["VLLM_PYTHON"]).with_name(program)
+    vllm_command = engines.interpreter("VLLM_PYTHON").with_name(program)
     log = folder / "server.log"
     with log.open("w") as output:
         running = subprocess.Popen(
             [vllm_command, *arguments, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=engines.environment(VLLM_CPU_KVCACHE_SPACE="1"),
             start_new_session=True,
         )
         try:

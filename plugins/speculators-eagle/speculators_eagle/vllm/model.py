@@ -45,11 +45,11 @@ class EagleModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
-        speculator = EagleConfig.read(config.speculator)
+        self.speculator = EagleConfig.read(config.speculator)
         size = config.hidden_size
 
         def norm() -> nn.Module:
-            return RMSNorm(size, eps=config.rms_norm_eps) if speculator.layernorms else nn.Identity()
+            return RMSNorm(size, eps=config.rms_norm_eps) if self.speculator.layernorms else nn.Identity()
 
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, size, prefix=maybe_prefix(prefix, "embed_tokens"))
         self.embedding_layernorm = norm()
@@ -57,7 +57,7 @@ class EagleModel(nn.Module):
         self.fusion_fc = ReplicatedLinear(
             2 * size,
             size,
-            bias=speculator.fusion_bias,
+            bias=self.speculator.fusion_bias,
             params_dtype=vllm_config.model_config.dtype,
             prefix=maybe_prefix(prefix, "fusion_fc"),
             return_bias=False,
@@ -142,7 +142,7 @@ class EagleSpeculatorForCausalLM(nn.Module):
         """
         if self.lm_head is not None:
             raise NotImplementedError("a speculator of type 'eagle' cannot be loaded anew while it is served")
-        spec, config = Eagle(), EagleConfig.read(self.config.speculator)
+        spec, config = Eagle(), self.model.speculator
         shapes = TABLE.shapes(spec.dims(config), spec.parts(config))
         del shapes[spec.head]  # the type has no room for a head of its own
         parameters = dict(self.model.named_parameters())
