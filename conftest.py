@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Before huggingface_hub reads them: no login and no cache of the person who runs the tests, and no Hub but
 # the one that a test starts on loopback.
 _home = tempfile.mkdtemp(prefix="speculators-tests-")
@@ -13,4 +15,11 @@ os.environ |= {"HF_HOME": _home, "HF_ENDPOINT": "http://127.0.0.1:9"}
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
-pytest_plugins = ["checkpoints", "installing", "loopback"]
+pytest_plugins = ["checkpoints", "injection", "installing", "loopback"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what makes suites longer."""
+    parser.addoption(
+        "--kill-points", choices=("some", "all"), default="some", help="Disturb conversions of some or all heads."
+    )
