@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoints
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,64 @@ def test_two_plugins_with_one_alias_must_be_told_apart(install: Install) -> None
         pytest.param(
             '"linear.weight", "H, 2*H"', '"linear.{0:L}.weight", "H"', "numbered places differ", id="a bad row"
         ),
+        pytest.param(
+            '"H, 2*H"),',
+            '"H, 2*H"), Rename("other.weight", "linear.weight", "H"),',
+            "two rows write 'linear.weight': 'toy.weight' and 'other.weight'",
+            id="rows that write one name",
+        ),
+        pytest.param(
+            "    table = Table((Rename", "    table = ((Rename", "table is .*, expected a Table", id="no table"
+        ),
+        pytest.param(
+            "    options =", "    head = None\n    options =", "head is None, expected a string", id="no name"
+        ),
+        pytest.param(
+            "    options =", "    buffers = 'd2t'\n    options =", "buffers is 'd2t', expected a tuple", id="one buffer"
+        ),
+        pytest.param(
+            "    options =", "    nested = (1,)\n    options =", r"nested is \(1,\), expected a tuple", id="no blocks"
+        ),
+        pytest.param(
+            "    options =",
+            "    copies_embedding = 'yes'\n    options =",
+            "copies_embedding is 'yes', expected True or False",
+            id="a word for a truth",
+        ),
+        pytest.param("    options =", "    vllm = 'toy'\n    options =", "expected a Vllm or None", id="no Vllm"),
+        pytest.param(
+            "    def examine(",
+            "    inspect = None\n\n    def examine(",
+            "inspect is None, expected a method",
+            id="no method",
+        ),
+        pytest.param(
+            "    def examine(",
+            "    def __init__(self, more): ...\n\n    def examine(",
+            "cannot be made without arguments: TypeError",
+            id="a constructor with arguments",
+        ),
+        pytest.param(
+            "squash: bool = Field(",
+            "squash: __import__('typing').Callable = Field(",
+            "options has no schema: PydanticInvalidForJsonSchema",
+            id="an option that JSON does not know",
+        ),
+        pytest.param(
+            "squash: bool\n", "squash: 'Missing'\n", "config has no schema: .*Missing", id="no type of a field"
+        ),
+        pytest.param(
+            '("plaything",)', '("auto",)', "the alias 'auto' of 'toy' asks the plugins", id="auto as an alias"
+        ),
+        pytest.param(
+            '("plaything",)', '("toy",)', "the alias 'toy' of 'toy' is its own name", id="its name as an alias"
+        ),
+        pytest.param('("plaything",)', '("a toy",)', "the alias 'a toy' of 'toy' is none", id="a blank in an alias"),
+        pytest.param(
+            '("plaything",)', "(1,)", r"aliases is \(1,\), expected a tuple of names", id="a number as an alias"
+        ),
+        pytest.param("import speculators\n", "raise BaseException('no')\n", "BaseException: no", id="a bare exception"),
+        pytest.param("import speculators\n", "raise GeneratorExit\n", "GeneratorExit: ", id="a generator's end"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract_is_reported(install: Install, old: str, new: str, reason: str) -> None:
@@ -125,3 +183,45 @@ def test_auto_says_which_plugins_could_not_be_asked(install: Install, tmp_path: 
 
     with pytest.raises(AlgorithmError, match=r"not asked, as they are broken: bad .*ZeroDivisionError"):
         convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out", registry=registry)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, MemoryError])
+def test_what_is_no_plugin_s_fault_ends_the_command(raised: type[BaseException], install: Install) -> None:
+    registry = install("toy", f"raise {raised.__name__}")
+
+    with pytest.raises(raised):
+        registry.get("toy")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("auto", "its name 'auto' asks the plugins to look at the checkpoint", id="reserved"),
+        pytest.param("a toy", "its name 'a toy' is none: it takes letters, digits", id="a blank"),
+        pytest.param("-toy", "its name '-toy' is none", id="an option"),
+        pytest.param("töy", "its name 'töy' is none", id="no ASCII"),
+    ],
+)
+def test_a_plugin_whose_name_is_none_is_not_imported(name: str, reason: str, install: Install) -> None:
+    registry = install(name, "raise AssertionError('imported')", package="speculators-toy")
+
+    with pytest.raises(PluginError, match=reason):
+        registry.get(name)
+
+
+def test_an_alias_that_is_another_plugin_s_name_breaks_the_one_that_takes_it(install: Install) -> None:
+    install("plaything", TOY.replace('name = "toy"', 'name = "plaything"').replace('("plaything",)', "()"))
+    registry = install("toy", TOY)
+
+    assert registry.get("plaything").spec.name == "plaything"
+    with pytest.raises(
+        PluginError, match=r"the alias 'plaything' of 'toy' is the name of speculators-plaything 0\.3\.0"
+    ):
+        registry.get("toy")
+
+
+def test_an_entry_point_that_names_no_module_is_reported() -> None:
+    registry = Registry(EntryPoints([EntryPoint("toy", "not a module!!", "speculators")]))
+
+    with pytest.raises(PluginError, match="has the line 'toy = not a module!!', expected 'name = module'"):
+        registry.get("toy")

@@ -23,7 +23,7 @@ def modules_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["convert", "--list-algorithms"]]
+    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["convert", "--list-algorithms"], ["plugins"]]
 )
 def test_help_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
     loaded = modules_after(f"from speculators.cli import cli\ncli({arguments!r}, standalone_mode=False)")

@@ -1,0 +1,256 @@
+"""Hold plugins to the interface: the types of their members, and what their hooks return.
+
+A hook that raises or returns something else would end a conversion far from its cause. Between the core and
+every spec stands a `guarded` proxy, so that the first thing that is wrong is told with the plugin's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Set
+from functools import partial
+from numbers import Integral
+from reprlib import Repr
+from types import UnionType
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import BaseModel
+
+from speculators.config import SpeculatorConfig
+from speculators.errors import PluginError, SpeculatorsError, described
+from speculators.plan import Facts
+from speculators.spec import Alternative, ConverterSpec, Options, Original, Vllm
+from speculators.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PASSING = (SpeculatorsError, KeyboardInterrupt, MemoryError)
+"""What a hook may raise: refusals of its own, and what is no plugin's fault."""
+
+MEMBERS: dict[str, tuple[type | UnionType, str]] = {
+    "name": (str, "a string"),
+    "aliases": (tuple, "a tuple of names"),
+    "summary": (str, "a string"),
+    "reference": (str, "a string"),
+    "table": (Table, "a Table"),
+    "embedding": (str, "a string"),
+    "copies_embedding": (bool, "True or False"),
+    "head": (str, "a string"),
+    "buffers": (tuple, "a tuple of names"),
+    "nested": (tuple, "a tuple of names"),
+    "draft_to_target": (str, "a string"),
+    "vllm": (Vllm | None, "a Vllm or None"),
+}
+"""Member of a spec → its type, and how that is called."""
+
+SCHEMAS: dict[str, type[BaseModel]] = {"options": Options, "config": SpeculatorConfig}
+"""Member of a spec → the class that it must be a subclass of."""
+
+
+class HookError(PluginError):
+    """A hook failed, or returned something that it must not; ``what`` says which and how."""
+
+    def __init__(self, origin: str, what: str) -> None:
+        self.what = what
+        super().__init__(f"the plugin {origin} does not keep to the interface: {what}; report this to its authors")
+
+
+def shown(found: object) -> str:
+    """Write something that a plugin made, short and on one line, whatever it is."""
+    writer = Repr()
+    writer.maxother = writer.maxstring = 120
+    return " ".join(writer.repr(found).split())
+
+
+def check_members(spec: ConverterSpec) -> None:
+    """Compare the members of a spec with what they must be.
+
+    Raises:
+        PluginError: Names the first that is something else.
+    """
+    owner = type(spec).__qualname__
+    for member, (kind, expected) in MEMBERS.items():
+        found = getattr(spec, member)
+        if not isinstance(found, kind) or (kind is tuple and not _all(str, found)):
+            raise PluginError(f"{owner}.{member} is {shown(found)}, expected {expected}")
+    for member, base in SCHEMAS.items():
+        found = getattr(spec, member)
+        if not inspect.isclass(found) or not issubclass(found, base):
+            raise PluginError(f"{owner}.{member} is no subclass of {base.__name__}")
+        try:
+            found.model_rebuild()
+            if member == "options":
+                found.model_json_schema()  # which --list-algorithms shows
+        except Exception as error:
+            raise PluginError(f"{owner}.{member} has no schema: {described(error)}") from error
+    for hook in HOOKS:
+        if not callable(found := getattr(spec, hook)):
+            raise PluginError(f"{owner}.{hook} is {shown(found)}, expected a method")
+
+
+def guarded(spec: ConverterSpec, origin: str) -> ConverterSpec:
+    """Return ``spec`` with hooks that raise `PluginError` in place of anything unexpected.
+
+    Args:
+        spec: What a plugin brings.
+        origin: Package and version of the plugin, for messages.
+    """
+    return cast("ConverterSpec", _Guarded(spec, origin))
+
+
+class _Guarded:
+    def __init__(self, spec: ConverterSpec, origin: str) -> None:
+        self._spec = spec
+        self._origin = origin
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(self._spec, name)
+        return partial(self._call, name, found) if name in HOOKS else found
+
+    def _call(self, hook: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        try:
+            result = method(*given, **named)
+        except PASSING:
+            raise
+        except BaseException as error:
+            if hook == "build" and isinstance(error, Exception):
+                raise  # a config that a stranger wrote may be at fault, which is for the caller to say
+            raise HookError(self._origin, f"{hook} raised {described(error)}") from error
+        try:
+            HOOKS[hook](self._spec, result)
+        except PASSING:
+            raise
+        except _Unfit as error:
+            raise HookError(self._origin, f"{hook} returned {error}") from None
+        except BaseException as error:
+            raise HookError(self._origin, f"what {hook} returned cannot be read: {described(error)}") from error
+        return result
+
+
+class _Unfit(Exception):  # noqa: N818 - never leaves this module
+    """What was found, and what was expected."""
+
+
+def _require(fits: bool, found: object, expected: str, place: str = "") -> None:
+    if not fits:
+        raise _Unfit(f"{place}{shown(found)}, expected {expected}")
+
+
+def _all(kind: type, found: Any) -> bool:
+    return all(isinstance(each, kind) and type(each) is not bool for each in found)
+
+
+def _listed(kind: type, found: Any) -> bool:
+    return isinstance(found, list | tuple) and _all(kind, found)
+
+
+def _recognises(spec: ConverterSpec, found: Any) -> None:
+    _require(isinstance(found, bool), found, "True or False")
+
+
+def _dims(spec: ConverterSpec, found: Any, place: str = "") -> None:
+    fits = isinstance(found, Mapping) and _all(str, found.keys()) and _all(Integral, found.values())
+    _require(fits, found, "a mapping from symbols to whole numbers", place)
+
+
+def _parts(spec: ConverterSpec, found: Any, place: str = "") -> None:
+    known = {row.part for row in spec.table.moving} - {""}
+    expected = f"a frozenset of parts of the table ({', '.join(sorted(known)) or 'it has none'})"
+    _require(isinstance(found, Set) and known.issuperset(found), found, expected, place)
+
+
+def _facts(spec: ConverterSpec, found: Any) -> None:
+    _require(isinstance(found, Facts), found, "Facts")
+    _dims(spec, found.dims, "Facts with dims ")
+    _parts(spec, found.parts, "Facts with parts ")
+    _require(_listed(str, found.notes), found.notes, "a tuple of sentences", "Facts with notes ")
+    _require(_listed(str, found.findings), found.findings, "a tuple of lines", "Facts with findings ")
+
+
+def _configured(spec: ConverterSpec, found: Any) -> None:
+    expected = f"({spec.config.__name__}, list of sentences)"
+    _require(isinstance(found, tuple) and len(found) == 2, found, expected)
+    _require(isinstance(found[0], spec.config) and _listed(str, found[1]), found, expected)
+
+
+def _layers(spec: ConverterSpec, found: Any, place: str = "") -> None:
+    fits = isinstance(found, tuple) and bool(found) and _all(Integral, found)
+    _require(fits, found, "a tuple of at least one layer's number", place)
+
+
+def _inspected(spec: ConverterSpec, found: Any) -> None:
+    _require(_listed(str, found), found, "a list of findings")
+
+
+def _alternatives(spec: ConverterSpec, found: Any) -> None:
+    _require(_listed(Alternative, found), found, "a list of Alternative")
+    for each in found:
+        fits = isinstance(each.option, str) and isinstance(each.config, spec.config) and _is_json(each.value)
+        expected = f"an option's name, a value that JSON knows and a {spec.config.__name__}"
+        _require(fits, (each.option, each.value, each.config), expected, "an Alternative with ")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _original(spec: ConverterSpec, found: Any) -> None:
+    _require(isinstance(found, Original), found, "an Original")
+    _model(spec, found.model, "an Original with the model ")
+    fits = isinstance(found.names, Mapping) and _all(str, found.names.keys()) and _all(str, found.names.values())
+    _require(fits, found.names, "a mapping from parameters to source names", "an Original with names ")
+    _layers(spec, found.state_layers, "an Original with state_layers ")
+    _require(isinstance(found.embedding, str), found.embedding, "a source name", "an Original with the embedding ")
+    _require(isinstance(found.head, str), found.head, "a source name", "an Original with the head ")
+    _targets(spec, found.targets, "an Original with targets ")
+
+
+def _model(spec: ConverterSpec, found: Any, place: str = "") -> None:
+    from torch import nn
+
+    _require(isinstance(found, nn.Module), found, "a torch module", place)
+    lacking = [member for member, there in _offers(found).items() if not there]
+    expected = "a torch module with combine, forward and state_size"
+    _require(not lacking, type(found), f"{expected}, and it lacks {', '.join(lacking)}", place)
+
+
+def _offers(model: nn.Module) -> dict[str, bool]:
+    from torch import nn
+
+    return {
+        "combine": callable(getattr(model, "combine", None)),
+        "forward": getattr(model.forward, "__func__", None) is not nn.Module.forward,
+        "state_size": isinstance(getattr(model, "state_size", None), int),
+    }
+
+
+def _targets(spec: ConverterSpec, found: Any, place: str = "") -> None:
+    if found is not None:
+        import numpy as np
+
+        fits = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind in "iu"
+        _require(fits, found, "None or a one-dimensional array of whole numbers", place)
+
+
+HOOKS: dict[str, Callable[[ConverterSpec, Any], None]] = {
+    "recognises": _recognises,
+    "examine": _facts,
+    "configure": _configured,
+    "dims": _dims,
+    "parts": _parts,
+    "state_layers": _layers,
+    "inspect": _inspected,
+    "alternatives": _alternatives,
+    "original": _original,
+    "targets": _targets,
+    "build": _model,
+}
+"""Hook → the check of its result."""
