@@ -6,19 +6,19 @@ pickled PyTorch file, sharded pickles.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, pickles
-from speculators.errors import CheckpointError
+from speculators import digests, dtypes, json_files, pickles, weights
+from speculators.digests import Digest
+from speculators.errors import CheckpointError, reading
 from speculators.pickles import PickleFile
 from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
 from speculators.sources.locations import is_name
@@ -36,23 +36,28 @@ class Format:
     Attributes:
         stem: What the conventional name begins with.
         read: Opens one.
-        verify: Compares one with the checksums that it holds, if the format has any.
+        digest: Reads one for its digest, and compares it with the checksums that it holds.
+        checked: Tells whether one holds any.
     """
 
     stem: str
     read: Callable[[Path], WeightFile]
-    verify: Callable[[Path, Event], None] | None = None
+    digest: Callable[[Path, Event], Digest]
+    checked: Callable[[Path], bool]
 
 
 FORMATS: Mapping[str, Format] = {
-    ".safetensors": Format("model", SafetensorsFile),
-    ".bin": Format("pytorch_model", PickleFile, pickles.verify),
+    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False),
+    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive),
 }
 """Suffix of a weight file → its format; in order of preference."""
 
 
 INDEX = ".index.json"
 """What the name of a sharded checkpoint's index ends in, after that of the whole."""
+
+MOST_SHARDS = 10_000
+"""Files that an index may name; the largest models have some hundred."""
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of files beside the weights that transformers may read."""
@@ -91,6 +96,7 @@ class Checkpoint:
         self.place = LocalFolder(LocalLocation(place, str(place))) if isinstance(place, Path) else place
         self.name = self.place.name
         self._opened: dict[str, WeightFile] = {}
+        self._read: dict[str, Digest] = {}
         self.config = self._read_json("config.json")
 
     @classmethod
@@ -150,14 +156,19 @@ class Checkpoint:
         named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
         if not weight_map or not named:
             raise CheckpointError(f"{self._described(index)} has no weight_map of tensor names to file names")
+        if (count := len({*weight_map.values()})) > MOST_SHARDS:
+            raise CheckpointError(f"{self._described(index)} names {count} shards, at most {MOST_SHARDS} are expected")
+        homes: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            homes.setdefault(shard, set()).add(name)
         shards: dict[str, Indexed | None] = {}
-        for shard in sorted(set(weight_map.values())):
+        for shard, names in sorted(homes.items()):
             said = f"{self._described(index)} names the shard {shard!r}"
             if not is_name(shard):
                 raise CheckpointError(f"{said}; shards must lie beside their index")
             if Path(shard).suffix not in FORMATS:
                 raise CheckpointError(f"{said}, which is no weight file")
-            shards[shard] = (index, {name for name, home in weight_map.items() if home == shard})
+            shards[shard] = (index, names)
         return shards
 
     @cached_property
@@ -201,7 +212,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.name} is no checkpoint: it has no {name} (found: {self._found()}){self.place.remark}"
             ) from None
-        return read_json(path, self._described(name))
+        described = self._described(name)
+        with reading(described):
+            data = read_bytes(path)
+        self._read[name] = digests.of_bytes(data)
+        return parse_json(data, described)
 
     def fetch(self) -> None:
         """Bring all weight files here, where they lie elsewhere.
@@ -246,18 +261,28 @@ class Checkpoint:
         """Return dtype and shape of one tensor, opening just the file that holds it."""
         return self._file(self._homes[name]).tensors[name]
 
-    def verify(self, stopped: Event) -> None:
-        """Compare the weight files with the checksums that they hold; may run beside anything else.
+    def digests(self, stopped: Event) -> dict[str, Digest]:
+        """Return the digest of each weight file, and of each JSON file that was read; may run beside anything else.
 
         Args:
             stopped: Ends the work early when it is set.
 
         Raises:
-            CheckpointError: One was damaged after it was written.
+            CheckpointError: A weight file does not fit the checksums in it: it was damaged after it was written.
         """
-        for name in self._located:
-            if check := FORMATS[Path(name).suffix].verify:
-                check(self.place.path(name), stopped)
+        found = {name: FORMATS[Path(name).suffix].digest(self.place.path(name), stopped) for name in self._located}
+        return self._read | found
+
+    @property
+    def checked(self) -> bool:
+        """Tell whether any weight file holds checksums, which `digests` compares."""
+        return any(FORMATS[Path(name).suffix].checked(self.place.path(name)) for name in self._located)
+
+    @property
+    def files_read(self) -> dict[str, dict[str, Any]]:
+        """Name → size of every file that was opened so far, and the SHA-256 of those that were read whole."""
+        opened = {name: {"size": file.size} for name, file in self._opened.items()}
+        return opened | {name: asdict(digest) for name, digest in self._read.items()}
 
     @property
     def has_weights(self) -> bool:
@@ -304,13 +329,23 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, or holds something else.
     """
-    name = name or str(path)
+    with reading(name or path):
+        return parse_json(read_bytes(path), name or str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a JSON file, or as much of it as shows that it is none."""
+    with path.open("rb") as file:
+        return file.read(json_files.LARGEST + 1)
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
     try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name} holds a JSON {type(content).__name__}, expected an object")
-    return content
+        return json_files.parse(data)
+    except ValueError as error:
+        raise CheckpointError(f"{name} is no JSON object: {error}") from error

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from speculators import dtypes
 from speculators.errors import CheckpointError
 
 MODEL_TYPE_KEY = "speculators_model_type"
 """The key that marks a config as one in the speculators format."""
+
+LARGEST_SIZE = 2**31 - 1
+"""More than any size in a config, and what every engine can still count."""
+
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+"""A size of a model."""
+
+MOST_DRAFT_TOKENS = 1000
+"""More than any engine proposes per step."""
 
 
 class TokenProposal(BaseModel):
@@ -24,7 +34,7 @@ class TokenProposal(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     proposal_type: str = "greedy"
-    speculative_tokens: int = Field(default=3, ge=1, description="Draft tokens per step.")
+    speculative_tokens: int = Field(default=3, ge=1, le=MOST_DRAFT_TOKENS, description="Draft tokens per step.")
     verifier_accept_k: int = Field(default=1, ge=1, description="Accepted when among the verifier's top k tokens.")
     accept_tolerance: float = Field(default=0.0, ge=0.0, description="Largest accepted log-likelihood gap to the top.")
 
@@ -65,16 +75,16 @@ class DecoderLayerConfig(BaseModel):
 
     model_type: str = "llama"
     architectures: list[str] = ["LlamaForCausalLM"]
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: int = Field(ge=0, le=LARGEST_SIZE)
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
     hidden_act: str
     rms_norm_eps: float
-    max_position_embeddings: int
+    max_position_embeddings: Size
     rope_parameters: dict[str, Any]
     rope_theta: float
     rope_scaling: dict[str, Any] | None = None
@@ -98,9 +108,17 @@ class SpeculatorConfig(BaseModel):
     architectures: list[str]
     speculators_config: SpeculatorsBlock
     transformer_layer_config: DecoderLayerConfig
-    draft_vocab_size: int
-    target_hidden_size: int | None = None
+    draft_vocab_size: Size
+    target_hidden_size: Size | None = None
     dtype: str
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_floating(cls, name: str) -> str:
+        known = [dtypes.TORCH_NAMES[dtype] for dtype in dtypes.FLOATS]
+        if name not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return name
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:

@@ -22,12 +22,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.config import (
     DecoderLayerConfig,
+    Size,
     SpeculatorConfig,
     SpeculatorsBlock,
     TokenProposal,
@@ -134,16 +135,16 @@ class _NativeConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_attention_heads: Size | None = None
     num_key_value_heads: int | None = None
     num_hidden_layers: int | None = None
     head_dim: int | None = None
     vocab_size: int | None = None
-    max_position_embeddings: PositiveInt | None = None
-    max_sequence_length: PositiveInt | None = None
-    original_max_position_embeddings: PositiveInt | None = None
+    max_position_embeddings: Size | None = None
+    max_sequence_length: Size | None = None
+    original_max_position_embeddings: Size | None = None
     hidden_act: str | None = None
     rms_norm_eps: PositiveFloat | None = None
     rope_theta: PositiveFloat | None = None

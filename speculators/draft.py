@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from speculators import dtypes
 from speculators.checkpoint import Checkpoint, stored_dtype
-from speculators.errors import OptionError, ValidationError
+from speculators.errors import OptionError, PluginError, SpeculatorsError, ValidationError, described
 from speculators.operations import derive
 from speculators.spec import to_ids
 from speculators.verifier import quiet_transformers
@@ -130,12 +130,20 @@ class Draft:
 
         Returns:
             Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``; no logits when no file holds the LM head.
+
+        Raises:
+            ValidationError: Its weights and its config do not make a model that computes anything.
         """
         import torch
 
-        with torch.no_grad():
-            hidden, head_input = self.forward(tokens, self.combine(states), positions)
-            return hidden, self.logits(head_input)
+        try:
+            with torch.no_grad():
+                hidden, head_input = self.forward(tokens, self.combine(states), positions)
+                return hidden, self.logits(head_input)
+        except SpeculatorsError:
+            raise
+        except Exception as error:  # a config can be wrong in ways that show when it is used
+            raise ValidationError(f"the draft model cannot be run: {described(error)}") from error
 
     def combine(self, states: Tensor) -> Tensor:
         """``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from."""
@@ -223,7 +231,7 @@ def of_output(
     _fill(model, inside, place, precision, "the output")
     return Draft(
         model,
-        layers=spec.state_layers(config, verifier.num_layers),
+        layers=_readable(spec.state_layers(config, verifier.num_layers), model, verifier),
         embedding=_rows(converted, spec.embedding, verifier, "embed_tokens", spec.copies_embedding),
         head=_rows(converted, spec.head, verifier, "lm_head"),
         targets=spec.targets(converted, spec.draft_to_target),
@@ -273,6 +281,21 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
     )
 
 
+def _readable(layers: tuple[int, ...], model: nn.Module, verifier: Verifier) -> tuple[int, ...]:
+    outside = [layer for layer in layers if not 0 <= layer <= verifier.num_layers]
+    if outside:
+        raise ValidationError(
+            f"the draft reads the states of layers {list(layers)} of the verifier; {verifier.name} has layers 0 to "
+            f"{verifier.num_layers}"
+        )
+    if model.state_size != len(layers) * verifier.hidden_size:
+        raise ValidationError(
+            f"the draft reads {model.state_size} numbers per token; the states of layers {list(layers)} of "
+            f"{verifier.name} have {len(layers)} times {verifier.hidden_size}"
+        )
+    return layers
+
+
 def _derived(made: Derivation, source: Checkpoint) -> Tensor:
     info, chunks = derive(made, source)
     return dtypes.tensor(memoryview(bytearray().join(map(read, chunks))), info.dtype).view(info.shape)
@@ -284,6 +307,8 @@ def _built(described: str, build: Callable[[], Built]) -> Built:
     try:
         with torch.device("meta"), quiet_transformers():
             return build()
+    except PluginError:
+        raise
     except Exception as error:  # a config can be wrong in more ways than a schema tells
         raise ValidationError(
             f"the draft model cannot be built from {described}: {type(error).__name__}: {error}"

@@ -69,6 +69,10 @@ _NUMPY = {
 }
 
 
+_EXPONENTS = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+"""The bits of an exponent (IEEE 754, and bfloat16 like the upper half of a single)."""
+
+
 def array(data: bytes | memoryview, dtype: str) -> NDArray[Any]:
     """View ``data`` as a flat array of ``dtype``; bfloat16 arrives as the equal float32 values.
 
@@ -114,6 +118,15 @@ def cast(data: bytes | memoryview, source: str, target: str) -> bytes:
     if np.isinf(finite).sum() != np.isinf(original).sum():
         raise OverflowError(f"a value of {np.abs(original[np.isfinite(original)]).max():g} overflows {target}")
     return result.tobytes()
+
+
+def count_unsound(data: bytes | memoryview, dtype: str) -> int:
+    """Count the floating values that are NaN or infinite: those whose exponent has all bits set."""
+    import numpy as np
+
+    bits = np.frombuffer(data, f"<u{SIZES[dtype]}")
+    exponent = bits.dtype.type(_EXPONENTS[dtype])
+    return int(((bits & exponent) == exponent).sum())
 
 
 def _to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:

@@ -5,25 +5,63 @@
     SpeculatorsError
     ├── CheckpointError        the draft or the verifier cannot be read, or is not what it should be
     │   ├── AlreadyConvertedError  the draft is in the speculators format
-    │   └── MismatchError          tensors, shapes or configs contradict each other; lists all findings
+    │   ├── MismatchError          tensors, shapes or configs contradict each other; lists all findings
+    │   └── UnavailableError       a network, a disk or the cache keeps it from being read
     ├── AlgorithmError         no such algorithm, none or several recognise the draft
     ├── OptionError            an algorithm option is unknown, ill-typed, or contradicts the draft
     ├── PluginError            an installed plugin is broken or clashes with another
     ├── OutputError            the output cannot be written, or something stands in its place
     └── ValidationError        the converted model failed a check
 
-The command line prints the message of any of these as one error and exits with ``exit_code``;
-every other exception is a bug and keeps its traceback.
+The command line prints the message of any of these as one error and exits with ``exit_code``: 2 for wrong
+usage, 3 for bad input or a broken plugin, 4 for a failed validation, 5 for a network, disk or memory that fails;
+every other exception is a bug, which keeps its traceback and exits with 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST_LINE = 2000
+"""Characters of a line that are shown; names in a stranger's checkpoint may have millions."""
+
+MOST_FINDINGS = 100
+"""Findings that are shown."""
+
+ENVIRONMENT = 5
+"""The exit code where a network, a disk or memory fails, or something stands in the output's place."""
 
 
 def printable(text: str) -> str:
-    """Escape control characters, which names in a stranger's checkpoint or on a server may hold."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+    """Escape control characters, which names in a stranger's checkpoint or on a server may hold, and cut long lines.
+
+    What is invisible, or changes the direction in which text is read, counts as a control character.
+    """
+    return "\n".join(map(_shown, text.split("\n")))
+
+
+def _shown(line: str) -> str:
+    cut = len(line) > LONGEST_LINE
+    shown = "".join(char if char.isprintable() else _escaped(ord(char)) for char in line[:LONGEST_LINE])
+    return f"{shown}… ({len(line)} characters)" if cut else shown
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def described(error: BaseException) -> str:
+    """Name an exception and say its message, on one line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - it is a stranger's exception
+        message = "with a message that cannot be read"
+    return f"{type(error).__name__}: {message}"
+
+
+NO_MEMORY = ("not enough memory", "allocate memory", "failed to map segment", "can't start new thread")
+"""How errors are worded that mean a lack of memory, but are of a kind that means something else."""
 
 
 class SpeculatorsError(Exception):
@@ -49,10 +87,39 @@ class MismatchError(CheckpointError):
     def __init__(self, headline: str, findings: Iterable[str], advice: str = "") -> None:
         self.headline = headline
         self.findings = tuple(findings)
-        lines = [headline, *(f"    {finding}" for finding in self.findings)]
+        lines = [headline, *(f"    {finding}" for finding in self.findings[:MOST_FINDINGS])]
+        if len(self.findings) > MOST_FINDINGS:
+            lines.append(f"    and {len(self.findings) - MOST_FINDINGS} more")
         if advice:
             lines.append(advice)
         super().__init__("\n".join(lines))
+
+
+class UnavailableError(CheckpointError):
+    """A network, a disk or the cache keeps a checkpoint from being read; nothing is known to be wrong with it."""
+
+    exit_code = ENVIRONMENT
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory was not enough; torch and the loader of libraries say so in a text."""
+    said = isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in NO_MEMORY)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+@contextmanager
+def reading(name: object) -> Iterator[None]:
+    """Say which file could not be read.
+
+    Raises:
+        UnavailableError: In place of any `OSError`, but where a file is missing.
+        CheckpointError: In place of that.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = CheckpointError if isinstance(error, FileNotFoundError) else UnavailableError
+        raise kind(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 class AlgorithmError(SpeculatorsError):
@@ -72,7 +139,7 @@ class PluginError(SpeculatorsError):
 class OutputError(SpeculatorsError):
     """The output cannot be written where the user wants it."""
 
-    exit_code = 5
+    exit_code = ENVIRONMENT
 
 
 class ValidationError(SpeculatorsError):

@@ -58,7 +58,7 @@ def derive(made: Derivation, source: Checkpoint) -> tuple[TensorInfo, Iterator[C
             raise PluginError(f"{_origin(made)} made {made.target!r} as {dtype!r}, expected {' or '.join(made.dtypes)}")
         info = TensorInfo(dtype, made.shape)
         return info, _exactly(iter(chunks), info, made)
-    except SpeculatorsError:
+    except (SpeculatorsError, MemoryError):
         raise
     except Exception as error:  # whatever a plugin raises
         raise _failed(made, error) from error
@@ -75,7 +75,7 @@ def _exactly(chunks: Iterator[Chunk], info: TensorInfo, made: Derivation) -> Ite
                 raise PluginError(f"{_origin(made)} made {size} bytes, which are no whole elements of {info.dtype}")
             count += size
             yield chunk if isinstance(chunk, Extent) else memoryview(chunk).cast("B")
-    except SpeculatorsError:
+    except (SpeculatorsError, MemoryError):
         raise
     except Exception as error:  # whatever a plugin raises
         raise _failed(made, error) from error

@@ -1,6 +1,7 @@
 """A ``pytorch_model.bin``: a pickled dict of tensors, none of which is read before it is needed.
 
-torch opens it with ``weights_only=True`` and maps it into memory, so that nothing in it is executed and
+What the pickle asks for is read first, without carrying it out, and anything but tensors is refused. Then torch
+opens it with ``weights_only=True`` and maps it into memory, so that nothing in it is executed and
 nothing is loaded. Where the kernel tells which byte of the file an address is mapped to, tensors are read
 from the file itself, and can be copied unread.
 """
@@ -9,26 +10,47 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickletools
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from functools import cached_property
+from io import BufferedReader, BytesIO, FileIO
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from speculators import dtypes
-from speculators.errors import CheckpointError
+from speculators import digests, dtypes
+from speculators.digests import Digest
+from speculators.errors import CheckpointError, reading
 from speculators.weights import Extent, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
-VERIFIED = 16 << 20
-"""Bytes whose checksum is computed at a time, for which no other thread has to wait."""
+LARGEST_PICKLE = 4 << 20
+"""Bytes of a pickle without its tensors, or of an archive's directory; each tensor takes some hundred of both."""
+
+MOST_OPERATIONS = 1_000_000
+"""Steps of a pickle; each tensor takes some thirty, and any may make an object of some hundred bytes."""
+
+LARGEST_EXPANSION = 16
+"""How many times its size a file may hold, compressed or in tensors that repeat elements; weights hardly shrink."""
+
+PICKLES = 5
+"""How many pickles a file of before PyTorch 1.6 begins with; the last two are content and names of storages."""
+
+TENSORS = re.compile(
+    r"collections OrderedDict|torch\.nn\.parameter Parameter|torch\._utils _rebuild_\w+|torch\._tensor "
+    r"_rebuild_from_type_v2|torch(\.cuda|\.storage)? \w+Storage|torch\.serialization _get_layout|torch (Size|[a-z]\w*)"
+)
+"""What pickles of tensors by name ask for: module and name. torch allows a little more, such as arrays of any size."""
 
 MAPPINGS = Path("/proc/self/maps")
 """Where Linux lists what is mapped into a process (proc(5)); other systems have no such file."""
@@ -43,17 +65,18 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = path.open("rb")
+        with reading(path):
+            self._file = _Bounded(FileIO(path))
+            self.size = os.fstat(self._file.fileno()).st_size
             archive = _read_archive(self._file) if _is_archive(self._file) else None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+            _screen(self._file, archive)
         mapped = archive is not None and archive.mappable
         if not mapped:
             kind = "in PyTorch's format of before 1.6" if archive is None else "compressed"
             warnings.warn(f"{path} is {kind} and is read into memory whole", stacklevel=2)
         self._tensors = _load(path, mapped)
         self.tensors = {name: _describe(tensor, name, path) for name, tensor in self._tensors.items()}
+        _check_size(self.tensors, self.size, path)
         self._starts = _storage_starts(self._file, self._tensors, archive) if archive and mapped else {}
         self._flat: tuple[str, memoryview] | None = None
 
@@ -90,8 +113,14 @@ class PickleFile:
         return flat.view(torch.uint8).numpy().data
 
 
-def verify(path: Path, stopped: Event) -> None:
-    """Check the checksums of an archive, which torch does not look at when it maps one.
+def is_archive(path: Path) -> bool:
+    """Tell whether a file is a zip file, which holds checksums; older ones are not."""
+    with reading(path), path.open("rb") as file:
+        return _is_archive(file)
+
+
+def digest(path: Path, stopped: Event) -> Digest:
+    """Read a file once for its digest and for the checksums in it, which torch does not look at when it maps one.
 
     Args:
         path: The file.
@@ -100,18 +129,72 @@ def verify(path: Path, stopped: Event) -> None:
     Raises:
         CheckpointError: The content was changed after it was written.
     """
-    try:
-        with path.open("rb") as file:
-            if not _is_archive(file):
+    with reading(path), _Bounded(FileIO(path)) as file:
+        stored = _Checksums(_read_archive(file).entries if _is_archive(file) else ())
+        found = digests.of_file(path, stopped.is_set, stored.add)
+    if not stopped.is_set() and (wrong := stored.wrong):
+        raise CheckpointError(f"{path} is damaged: Bad CRC-32 for file {wrong!r}. Download it again.")
+    return found
+
+
+class _Checksums:
+    """Compare the CRC-32 of stretches of a file while it is read from its beginning to its end.
+
+    Of compressed ones torch does so itself, as it reads them whole.
+    """
+
+    def __init__(self, entries: Iterable[_Entry]) -> None:
+        self._entries = [entry for entry in entries if entry.stored]
+        self._position = self._index = self._sum = 0
+        self.wrong = ""
+
+    def add(self, data: memoryview) -> None:
+        """Take the next bytes of the file."""
+        start, self._position = self._position, self._position + len(data)
+        while self._index < len(self._entries):
+            entry = self._entries[self._index]
+            part = data[max(entry.start - start, 0) : max(entry.stop - start, 0)]
+            self._sum = zlib.crc32(part, self._sum)
+            if self._position < entry.stop:
                 return
-            archive = zipfile.ZipFile(file)
-            for entry in archive.infolist():
-                with archive.open(entry) as content:
-                    while content.read(VERIFIED):
-                        if stopped.is_set():
-                            return
-    except Exception as error:  # a damaged archive fails in many ways
-        raise CheckpointError(f"{path} is damaged: {error}. Download it again.") from error
+            if self._sum != entry.crc and not self.wrong:
+                self.wrong = entry.name
+            self._index, self._sum = self._index + 1, 0
+
+
+class _Bounded(BufferedReader):
+    """A file of which no more is read at a time than an honest one needs."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read, or refuse what no honest file asks for."""
+        if size is not None and size > LARGEST_PICKLE:
+            raise ValueError(f"{size} bytes in one piece, which no PyTorch file has")
+        return super().read(LARGEST_PICKLE if size is None or size < 0 else size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Read a line, or as much of it as any has."""
+        return super().readline(LARGEST_PICKLE if size is None or size < 0 else size)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file in an archive: where its content lies, and what it is.
+
+    Attributes:
+        name: Its name.
+        start: Where its content starts.
+        size: Bytes of the content.
+        stop: Where it ends, before that if it is compressed.
+        stored: Whether it is not compressed.
+        crc: Its CRC-32.
+    """
+
+    name: str
+    start: int
+    size: int
+    stop: int
+    stored: bool
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -119,18 +202,28 @@ class _Archive:
     """A zip file as torch writes them.
 
     Attributes:
-        entries: Where the content of each storage starts → its size.
-        mappable: Whether all entries are stored as they are.
+        entries: What it holds, in the order in which it lies there.
+        pickled: The pickle that says which tensors there are.
         swapped: Whether numbers are stored with their bytes in reverse.
     """
 
-    entries: Mapping[int, int]
-    mappable: bool
+    entries: Sequence[_Entry]
+    pickled: bytes
     swapped: bool
+
+    @property
+    def mappable(self) -> bool:
+        """Whether all entries are stored as they are."""
+        return all(entry.stored for entry in self.entries)
+
+    @cached_property
+    def storages(self) -> Mapping[int, int]:
+        """Where the content of each storage starts → its size."""
+        return {entry.start: entry.size for entry in self.entries if "/data/" in entry.name}
 
     def holds(self, start: int, size: int) -> bool:
         """Tell whether a storage of ``size`` bytes starts there; bytes that fill no element may follow it."""
-        return 0 <= self.entries.get(start, -1) - size < max(dtypes.SIZES.values())
+        return 0 <= self.storages.get(start, -1) - size < max(dtypes.SIZES.values())
 
 
 def _is_archive(file: BufferedReader) -> bool:
@@ -138,22 +231,81 @@ def _is_archive(file: BufferedReader) -> bool:
 
 
 def _read_archive(file: BufferedReader) -> _Archive:
-    entries = {}
     try:
         archive = zipfile.ZipFile(file)
-        listed = archive.infolist()
-        for entry in listed:
-            file.seek(entry.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
-            name, extra = struct.unpack("<HH", file.read(4))
-            if "/data/" in entry.filename:
-                entries[entry.header_offset + 30 + name + extra] = entry.file_size
-        order = next((entry for entry in listed if entry.filename.endswith("/byteorder")), None)
-        swapped = order is not None and archive.read(order) == b"big"
+        entries = sorted((_entry(file, each) for each in archive.infolist()), key=lambda entry: entry.start)
+        _check_entries(entries, os.fstat(file.fileno()).st_size)
+        pickled = _small(archive, "/data.pkl", LARGEST_PICKLE)
+        swapped = _small(archive, "/byteorder", 16) == b"big"
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
-    return _Archive(entries, all(entry.compress_type == zipfile.ZIP_STORED for entry in listed), swapped)
+    return _Archive(entries, pickled, swapped)
+
+
+def _entry(file: BufferedReader, info: zipfile.ZipInfo) -> _Entry:
+    file.seek(info.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
+    name, extra = struct.unpack("<HH", file.read(4))
+    start = info.header_offset + 30 + name + extra
+    stored = info.compress_type == zipfile.ZIP_STORED
+    return _Entry(info.filename, start, info.file_size, start + info.compress_size, stored, info.CRC)
+
+
+def _check_entries(entries: Sequence[_Entry], size: int) -> None:
+    """Refuse what would unfold to much more than there is, or mean different things to different readers."""
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
+            raise ValueError(f"it holds {name!r} twice")
+    for entry, following in pairwise(entries):
+        if entry.stop > following.start:
+            raise ValueError(f"{entry.name!r} and {following.name!r} overlap in it")
+    if (unfolded := sum(entry.size for entry in entries)) > LARGEST_EXPANSION * size:
+        raise ValueError(f"it is compressed and would take {unfolded} bytes, {unfolded // size} times its size")
+
+
+def _check_size(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> None:
+    """Refuse tensors that repeat few elements until they are much more than there is."""
+    name, info = max(tensors.items(), key=lambda item: item[1].nbytes, default=("", TensorInfo("U8", (0,))))
+    if (total := sum(info.nbytes for info in tensors.values())) > LARGEST_EXPANSION * size:
+        raise CheckpointError(
+            f"{path} is refused: it has {size} bytes, its tensors would take {total}, {name!r} {info} most of them. "
+            "Save clones of its tensors."
+        )
+
+
+def _small(archive: zipfile.ZipFile, ending: str, largest: int) -> bytes:
+    found = next((entry for entry in archive.infolist() if entry.filename.endswith(ending)), None)
+    if found is not None and found.file_size > largest:
+        raise ValueError(f"{found.filename!r} has {found.file_size} bytes, at most {largest} are expected")
+    return archive.read(found) if found is not None else b""
+
+
+def _screen(file: BufferedReader, archive: _Archive | None) -> None:
+    """Read what a pickle asks for, without carrying it out.
+
+    Raises:
+        CheckpointError: It asks for something else than tensors, or is no pickle.
+    """
+    content: BufferedReader | BytesIO = file if archive is None else BytesIO(archive.pickled)
+    content.seek(0)
+    try:
+        for _ in range(PICKLES if archive is None else 1):
+            start = content.tell()
+            for number, (operation, argument, position) in enumerate(pickletools.genops(content)):
+                if number > MOST_OPERATIONS or (position is not None and position - start > LARGEST_PICKLE):
+                    raise ValueError(f"a pickle of more than {LARGEST_PICKLE} bytes or {MOST_OPERATIONS} steps")
+                if operation.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(str(argument)):
+                    raise _refusal(str(file.name), str(argument).replace(" ", "."))
+    except (ValueError, UnicodeError) as error:
+        raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
+
+
+def _refusal(path: str, asked: str) -> CheckpointError:
+    reason = f"its pickle asks for {asked}" if asked else "its pickle is damaged or asks for more than tensors"
+    return CheckpointError(
+        f"{path} is refused, {reason}. Nothing in it was executed. Ask its author for a safetensors file."
+    )
 
 
 def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
@@ -167,12 +319,9 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"its pickle asks for {found.group(1)}" if found else "its pickle is damaged or asks for more than tensors"
-        )
-        raise CheckpointError(
-            f"{path} is refused, {reason}. Nothing in it was executed. Ask its author for a safetensors file."
-        ) from error
+        raise _refusal(str(path), found[1] if found else "") from error
+    except MemoryError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
@@ -203,7 +352,7 @@ def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], a
     }
     # Where the system does not tell, some address at which files are mapped must put every storage into its entry.
     anywhere = next(iter(storages), 0)
-    bases = [address - start for address, start in starts.items()] or [anywhere - start for start in archive.entries]
+    bases = [address - start for address, start in starts.items()] or [anywhere - start for start in archive.storages]
     if storages and not any(
         base % mmap.ALLOCATIONGRANULARITY == 0
         and all(archive.holds(address - base, size) for address, size in storages.items())

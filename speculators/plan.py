@@ -237,6 +237,9 @@ class _Builder:
         except KeyError as error:
             self.unknown.add(error.args[0])
             return
+        except ValueError as error:
+            self.wrong.append(str(error))
+            return
         for numbers in expansions:
             target = row.numbered(numbers)
             found = self.pending.pop(target, None)

@@ -118,8 +118,8 @@ def _tokenizer(verifier: Verifier) -> Any:
 
     try:
         with verifier.checkpoint.gathered(weights=False) as folder:
-            return AutoTokenizer.from_pretrained(folder)
-    except CheckpointError:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # what goes wrong depends on the tokenizer's library
         raise CheckpointError(f"transformers cannot load the tokenizer of {verifier.name}: {error}") from error

@@ -74,12 +74,19 @@ def rope_parameters(config: Mapping[str, Any], positions: int) -> tuple[dict[str
             merged["original_max_position_embeddings"] = original
         if merged.get("factor") is None and merged["rope_type"] != "llama3":
             merged["factor"] = positions / merged["original_max_position_embeddings"]
-    kind = merged["rope_type"]
+    _check(merged)
+    return merged, notes
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a type that nobody knows or that lacks what it needs, and heads that are rotated more than whole."""
+    kind = parameters["rope_type"]
     if kind not in REQUIRED_FIELDS:
         raise CheckpointError(f"config.json says rope_type {kind!r}, none of {', '.join(sorted(REQUIRED_FIELDS))}")
-    if absent := [name for name in REQUIRED_FIELDS[kind] if merged.get(name) is None]:
+    if absent := [name for name in REQUIRED_FIELDS[kind] if parameters.get(name) is None]:
         raise CheckpointError(f"config.json says rope_type {kind!r} without {', '.join(absent)}, which it needs")
-    return merged, notes
+    if not 0 < (part := parameters.get("partial_rotary_factor", 1)) <= 1:
+        raise CheckpointError(f"config.json says partial_rotary_factor {part!r}, expected at most 1, the whole head")
 
 
 def _drop_idle_factor(parameters: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from speculators.checkpoint import Checkpoint
-from speculators.config import SpeculatorConfig
+from speculators.config import MOST_DRAFT_TOKENS, SpeculatorConfig
 from speculators.plan import Facts, Matching
 from speculators.table import Table
 from speculators.verifier import Verifier
@@ -63,7 +63,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    speculative_tokens: int = Field(default=3, ge=1, description="Draft tokens per step that the config proposes.")
+    speculative_tokens: int = Field(
+        default=3, ge=1, le=MOST_DRAFT_TOKENS, description="Draft tokens per step that the config proposes."
+    )
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ rows never matters.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 _TOKEN = re.compile(r"\(([^()]*)\)|\{(\w+):(\w+)\}|(\*\*)|(\*)|([^(){}*]+)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*|\d+")
+
+MOST_NUMBERS = 1000
+"""What a numbered place runs to at most: more than there are layers in any draft, few enough to list."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,19 @@ class Rename(Row):
         return replace(self, source=self.target, derive=None)
 
     def expansions(self, dims: Mapping[str, int]) -> list[tuple[int, ...]]:
-        """List the numbers that the row's place runs over; one empty tuple without a place."""
+        """List the numbers that the row's place runs over; one empty tuple without a place.
+
+        Raises:
+            KeyError: A symbol is not in ``dims``.
+            ValueError: There are more than any draft has.
+        """
         ranges = _ranges(self.source)
         if not ranges:
             return [()]
         ((start, stop),) = ranges
-        return [(number,) for number in range(evaluate(start, dims), evaluate(stop, dims))]
+        if (end := evaluate(stop, dims)) > MOST_NUMBERS:
+            raise ValueError(f"{stop} is {end}, at most {MOST_NUMBERS} can be converted")
+        return [(number,) for number in range(evaluate(start, dims), end)]
 
 
 def Keep(  # noqa: N802 - a row like the others
@@ -304,6 +316,12 @@ class Table:
             if places != list(range(len(places))):
                 raise ValueError(f"the pieces of {target!r} are numbered {places}")
 
+    @cached_property
+    def sha256(self) -> str:
+        """A digest of what the table says, whatever the order of its rows."""
+        rows = sorted(json.dumps([type(row).__name__, asdict(row)], sort_keys=True) for row in self.rows)
+        return hashlib.sha256(json.dumps([rows, self.prefixes]).encode()).hexdigest()
+
     @property
     def moving(self) -> tuple[Rename, ...]:
         """The rows that may write a tensor."""
@@ -324,6 +342,7 @@ class Table:
 
         Raises:
             KeyError: A symbol is not in ``dims``.
+            ValueError: A numbered place runs to more than any draft has.
         """
         return {
             row.numbered(numbers): evaluate_shape(row.shape, dims)

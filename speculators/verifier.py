@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators.checkpoint import TOKENIZER_FILES, Checkpoint
-from speculators.errors import CheckpointError
+from speculators.config import LARGEST_SIZE
+from speculators.errors import CheckpointError, is_out_of_memory
 from speculators.sources import Access
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class Verifier:
             value = self.text.get(key)
             if value is None:
                 continue
-            if type(value) is not int or value < 1:
+            if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
                 raise CheckpointError(
-                    f"{self.name}: config.json says {key} {value!r}, expected a positive whole number"
+                    f"{self.name}: config.json says {key} {value!r}, expected a whole number from 1 to {LARGEST_SIZE}"
                 )
             return value
         raise CheckpointError(f"the config of the verifier {self.name} does not say {keys[0]}")
@@ -87,12 +88,20 @@ class Verifier:
 
         if self.weights is None:
             raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
+        if foreign := _code_of_others(self.checkpoint.config):
+            raise CheckpointError(f"the config of the verifier {self.name} asks for code from elsewhere: {foreign}")
         try:
             with quiet_transformers(), self.weights.gathered() as folder:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype="auto", trust_remote_code=False, weights_only=True
+                )
             model: PreTrainedModel = loaded.to(device).eval()
             return model
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # what goes wrong depends on the model's own code
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"transformers cannot load the verifier {self.name}: {error}") from error
 
     @property
@@ -150,6 +159,16 @@ def quiet_transformers() -> Iterator[None]:
         remarks.set_verbosity(before)
         if bars:
             remarks.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _code_of_others(config: Mapping[str, Any]) -> str:
+    """Return where a config would have transformers take a kernel from; nothing where it does not."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and (found := _code_of_others(value)):
+            return found
+        if key.endswith("_implementation") and "/" in str(value):
+            return f"{key} {value!r}"
+    return ""
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

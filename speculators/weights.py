@@ -5,7 +5,6 @@ A safetensors file is read with the standard library alone; `speculators.pickles
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -13,16 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
-from speculators import dtypes
-from speculators.errors import CheckpointError
+from speculators import digests, dtypes, json_files
+from speculators.digests import Digest
+from speculators.errors import CheckpointError, reading
 
 CHUNK = 4 << 20
 """Bytes read at a time: enough that a buffer costs little beside filling it, too few to weigh in memory."""
 
-MAX_HEADER = 100_000_000
-"""The limit that the safetensors library itself puts on a header, in bytes."""
+MOST_DIMENSIONS, LARGEST_DIMENSION = 16, 2**48
+"""More than any tensor has."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,9 @@ class Extent:
             CheckpointError: The file is shorter than it was when it was opened, or cannot be read.
         """
         data = bytearray(self.size)
-        try:
+        with reading(self.path):
             self.file.seek(self.start)
             count = self.file.readinto(data)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if count != self.size:
             raise CheckpointError(f"{self.path} ended while it was read; was it changed meanwhile?")
         return memoryview(data)
@@ -90,7 +89,13 @@ def pieces(chunk: Chunk) -> Iterator[memoryview]:
 
 
 class WeightFile(Protocol):
-    """One opened weight file."""
+    """One opened weight file.
+
+    Attributes:
+        size: Its size in bytes.
+    """
+
+    size: int
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -142,16 +147,25 @@ class SafetensorsHeader:
             )
 
 
+def digest(path: Path, stopped: Event) -> Digest:
+    """Read a file once for its digest; ends early where ``stopped`` is set.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    with reading(path):
+        return digests.of_file(path, stopped.is_set)
+
+
 class SafetensorsFile:
     """A ``.safetensors`` file, whole and well-formed, or a `CheckpointError` that says why not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with reading(path):
             self._file = path.open("rb")
-            self._header = SafetensorsHeader(path, os.fstat(self._file.fileno()).st_size, self._read)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+            self.size = os.fstat(self._file.fileno()).st_size
+            self._header = SafetensorsHeader(path, self.size, self._read)
         self.tensors = self._header.tensors
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -167,23 +181,27 @@ def _read_header(name: object, size: int, read: Callable[[int, int], bytes | mem
     if size < 8:
         raise CheckpointError(f"{name} is no safetensors file: {size} bytes long")
     (length,) = struct.unpack("<Q", read(0, 8))
-    if length > min(MAX_HEADER, size - 8):
+    if length > min(json_files.LARGEST, size - 8):
         raise CheckpointError(
             f"{name} is no complete safetensors file: its first bytes promise a header of {length} bytes"
         )
+    data = bytes(read(8, 8 + length))
+    if len(data) != length:
+        raise CheckpointError(f"{name} ended while it was read; was it changed meanwhile?")
     try:
-        header = json.loads(bytes(read(8, 8 + length)))
-    except (ValueError, RecursionError) as error:
+        return 8 + length, json_files.parse(data)
+    except ValueError as error:
         raise CheckpointError(f"{name} has an unreadable safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{name} has a safetensors header that is no JSON object")
-    return 8 + length, header
 
 
 def _header_entry(name: str, entry: Any, path: object) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
         start, stop = entry["data_offsets"]
+        if len(info.shape) > MOST_DIMENSIONS or any(
+            number > LARGEST_DIMENSION for number in (*info.shape, start, stop)
+        ):
+            raise ValueError
         whole = all(type(number) is int and number >= 0 for number in (*info.shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a malformed header entry for tensor {name!r}") from error

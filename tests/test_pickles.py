@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from speculators import CheckpointError
-from speculators.pickles import PickleFile, verify
+from speculators.pickles import PickleFile, digest
 from speculators.weights import Extent, TensorInfo, pieces, read
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_was_packed_anew_in_another_order_is_read_exactly(tmp_path: 
     assert {name: np.frombuffer(content(file, name), "<i8").tolist() for name in file.tensors} == {
         str(number): [number] * 100 for number in range(4)
     }
-    verify(tmp_path / "x.bin", Event())
+    digest(tmp_path / "x.bin", Event())
 
 
 @pytest.mark.parametrize("size", [100, 1_000_000])
@@ -330,9 +330,9 @@ def test_a_comparison_that_nobody_waits_for_ends_early(tmp_path: Path) -> None:
     stopped = Event()
 
     with pytest.raises(CheckpointError, match=r"Bad CRC-32 for file 'x/data/0'"):
-        verify(tmp_path / "x.bin", stopped)
+        digest(tmp_path / "x.bin", stopped)
     stopped.set()
-    verify(tmp_path / "x.bin", stopped)
+    digest(tmp_path / "x.bin", stopped)
 
 
 @pytest.mark.filterwarnings("ignore:.*(before 1.6|compressed)")
@@ -351,7 +351,7 @@ def test_whatever_is_damaged_a_checkpoint_error_says_so(tmp_path: Path) -> None:
             file = PickleFile(path)
             for name in file.tensors:
                 content(file, name)
-            verify(path, Event())
+            digest(path, Event())
         except CheckpointError:
             refused += 1
 

@@ -87,7 +87,7 @@ def test_bytes_are_read_from_the_place_of_their_tensor(tmp_path: Path) -> None:
         pytest.param(struct.pack("<Q", 3) + b"{a}", "unreadable safetensors header", id="bad JSON"),
         pytest.param(struct.pack("<Q", 2) + b"\xff\xfe", "safetensors header", id="no UTF-8"),
         pytest.param(struct.pack("<Q", 9999) + b"[" * 9999, "unreadable safetensors header", id="deeply nested JSON"),
-        pytest.param(struct.pack("<Q", 2) + b"[]", "no JSON object", id="a list"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", "it is a list, expected an object", id="a list"),
         pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "promise a header", id="pointer of git-lfs"),
     ],
 )
@@ -303,11 +303,11 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        pytest.param(b"", "no valid JSON", id="empty"),
-        pytest.param(b"{", "no valid JSON", id="incomplete"),
-        pytest.param(b"\xff\xff", "no valid JSON", id="no text"),
-        pytest.param(b"[" * 99999, "no valid JSON", id="deeply nested"),
-        pytest.param(b"[]", "holds a JSON list, expected an object", id="a list"),
+        pytest.param(b"", "no JSON object", id="empty"),
+        pytest.param(b"{", "no JSON object", id="incomplete"),
+        pytest.param(b"\xff\xff", "no JSON object", id="no text"),
+        pytest.param(b"[" * 99999, "no JSON object", id="deeply nested"),
+        pytest.param(b"[]", "it is a list, expected an object", id="a list"),
     ],
 )
 def test_an_unreadable_config_is_refused(config: bytes, message: str, tmp_path: Path) -> None:

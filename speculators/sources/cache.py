@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, UnavailableError
 from speculators.progress import Progress, unheard
 from speculators.sources.remote import (
     ContradictionError,
@@ -223,18 +223,18 @@ def storing(target: Path, size: int | None) -> Iterator[None]:
     """Say what to do when the cache cannot take something.
 
     Raises:
-        CheckpointError: In place of any `OSError`.
+        UnavailableError: In place of any `OSError`.
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = f" for {size} bytes" if size else ""
-            raise CheckpointError(
+            raise UnavailableError(
                 f"no space{needed} in the cache {target.parent} ({error.strerror}); "
                 "make some, or choose another place with --cache-dir or HF_HOME"
             ) from error
-        raise CheckpointError(
+        raise UnavailableError(
             f"the cache {target.parent} cannot be written: {error.strerror or error}; "
             "choose another place with --cache-dir or HF_HOME"
         ) from error

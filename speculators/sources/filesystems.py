@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, UnavailableError
 from speculators.sources.locations import is_name
 from speculators.sources.remote import ContradictionError, NotFoundError, Stat, TransientError
 
@@ -57,7 +57,7 @@ class Driver:
                     f"{name}: no installed package reads {scheme}://; expected a local path, a Hugging Face ID, "
                     "hf://, http://, https://, or what a driver of fsspec reads (s3://, gs://, …)"
                 ) from None
-            raise CheckpointError(f"{name} cannot be reached: {_why(error)}") from None
+            raise UnavailableError(f"{name} cannot be reached: {_why(error)}") from None
         return driver, path.rstrip("/")
 
     def file(self, name: str) -> DriverFile:
@@ -137,7 +137,7 @@ def _told(name: str) -> Iterator[None]:
     except (OSError, EOFError) as error:
         raise TransientError(_why(error)) from None
     except Exception as error:  # noqa: BLE001 - drivers raise whatever their libraries do
-        raise CheckpointError(f"{name} cannot be read: {_why(error)}") from None
+        raise UnavailableError(f"{name} cannot be read: {_why(error)}") from None
 
 
 def _why(error: Exception) -> str:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, UnavailableError, reading
 from speculators.sources.access import Access
 from speculators.sources.cache import download, download_anew, note
 from speculators.sources.locations import LocalLocation
@@ -102,6 +102,13 @@ class Folder(ABC):
         """The revision that the user asked for, which engines must be told beside `reference`."""
         return None
 
+    def require_unchanged(self) -> None:  # noqa: B027 - what was fetched does not change
+        """Refuse what was not read from one version of the folder.
+
+        Raises:
+            CheckpointError: A file was changed since it was first asked for.
+        """
+
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, object]:
@@ -124,9 +131,12 @@ class LocalFolder(Folder):
             raise CheckpointError(f"{path} is no path that this system knows: {error}") from error
         if not exists:
             raise CheckpointError(f"{location.name} does not exist; expected a folder with config.json and weights")
+        if _undecodable(path):
+            raise CheckpointError(f"{path} has a name that is no UTF-8, which no output can say; rename it")
         self._whole = folder
         self._folder = path if folder else path.parent
         self.file = None if folder or path.name == "config.json" else path.name
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     @property
     def local(self) -> Path:
@@ -139,13 +149,35 @@ class LocalFolder(Folder):
 
     def listing(self) -> Collection[str]:
         """Return the names of everything in it."""
-        return sorted(entry.name for entry in self._folder.iterdir())
+        with reading(self._folder):
+            return sorted(entry.name for entry in self._folder.iterdir())
 
     def path(self, name: str) -> Path:
         """Return where a file lies."""
         if not self.has(name):
             raise FileNotFoundError(name)
-        return self._folder / name
+        path = self._folder / name
+        with reading(path):
+            self._require_inside(path)
+            self._seen.setdefault(name, _stamp(path))
+        return path
+
+    def _require_inside(self, path: Path) -> None:
+        """Refuse a link to somewhere else: what a stranger packed does not choose what is read here."""
+        place = path.resolve()
+        inside = path.name == self.file or place.is_relative_to(self._folder.resolve())
+        if not (inside or (place.parent.name == "blobs" and place.parents[1].name.startswith("models--"))):
+            raise CheckpointError(
+                f"{path} is a link to {place}, outside its folder; if that is meant, copy the file or make a hard link"
+            )
+
+    def require_unchanged(self) -> None:
+        """Compare size, time and place of every file that was asked for with what they were."""
+        for name, seen in self._seen.items():
+            path = self._folder / name
+            with reading(path):
+                if _stamp(path) != seen:
+                    raise CheckpointError(f"{path} was changed while it was read; convert again when it is complete")
 
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file."""
@@ -170,6 +202,19 @@ class LocalFolder(Folder):
     def identity(self) -> Mapping[str, object]:
         """Its name; the rest of its path is the machine's business."""
         return {"folder": self._folder.resolve().name} | ({"file": self.file} if self.file else {})
+
+
+def _undecodable(path: Path) -> bool:
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], WeightFile]) -> WeightFile:
@@ -385,9 +430,9 @@ class UrlFolder(Folder):
     def _place(self, name: str, stat: Stat) -> Path:
         return self._cache / name / hashlib.sha256(f"{stat.version}\n{stat.size}".encode()).hexdigest()[:16] / name
 
-    def _not_cached(self, name: str) -> CheckpointError:
+    def _not_cached(self, name: str) -> UnavailableError:
         files = ", ".join(file.name for file in sorted(self._cache.glob("*/*/*")) if file.is_file())
-        return CheckpointError(
+        return UnavailableError(
             f"{self.name}/{name} is not in the cache, and offline nothing can be fetched "
             f"(of it the cache has {files or 'nothing'}); run once without --offline"
         )

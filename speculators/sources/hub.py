@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any
 
 from speculators import __version__
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, UnavailableError
 from speculators.sources.access import Access
 from speculators.sources.cache import download, feed, note, storing
 from speculators.sources.folders import Folder, Opener, open_partly
@@ -228,7 +228,7 @@ class HubFolder(Folder):
             self._certain = False
         if not files:
             here = ", and there is no folder of this name here" if self._location.bare else ""
-            raise CheckpointError(
+            raise UnavailableError(
                 f"nothing of {self.name} is in the cache {self._access.hub_cache}{here}{self._others()}"
             )
         return commit, files
@@ -241,9 +241,9 @@ class HubFolder(Folder):
         has = f" (of it the cache has {_listed(sorted(names))})" if names else ""
         return f"{has}; run once without --offline" if self._away else has
 
-    def _not_cached(self, name: str) -> CheckpointError:
+    def _not_cached(self, name: str) -> UnavailableError:
         files = [each.relative_to(self._snapshot).as_posix() for each in self._snapshot.rglob("*") if each.is_file()]
-        return CheckpointError(
+        return UnavailableError(
             f"{self.name} at commit {self.commit}: {name} is not in the cache {self._access.hub_cache}, and offline "
             f"nothing can be fetched (it has {_listed(sorted(files)) or 'nothing'}); run once with the Hub in reach"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from speculators.errors import CheckpointError
+from speculators.errors import UnavailableError
 from speculators.sources.cache import keep
 from speculators.sources.remote import ContradictionError, NoRangesError, RemoteFile, stream
 from speculators.weights import Extent, SafetensorsHeader, WeightFile
@@ -66,7 +66,7 @@ class Pieces:
                     return memoryview(data)
                 path.unlink()  # damaged in the cache
         if self._file is None:
-            raise CheckpointError(
+            raise UnavailableError(
                 f"{self.name}: bytes {start} to {stop} are not in the cache, and offline nothing can be fetched; "
                 "run once without --offline"
             )
@@ -93,6 +93,7 @@ class RemoteSafetensors:
     """
 
     def __init__(self, pieces: Pieces, size: int, whole: Callable[[], WeightFile] | None = None) -> None:
+        self.size = size
         self._pieces = pieces
         self._fetch_whole = whole
         self._whole: WeightFile | None = None

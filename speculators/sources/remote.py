@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, UnavailableError
 
 Answer = TypeVar("Answer")
 
@@ -33,7 +33,7 @@ class TransientError(Exception):
         self.pause = pause
 
 
-class UnreachableError(CheckpointError):
+class UnreachableError(UnavailableError):
     """A server does not answer, or not for long enough."""
 
 

@@ -139,6 +139,13 @@ class Eagle3Config(SpeculatorConfig):
             raise ValueError("norm_before_fc and fc_norm exclude each other")
         return self
 
+    @model_validator(mode="after")
+    def _states_are_counted(self) -> Self:
+        said = (self.transformer_layer_config.model_extra or {}).get("num_aux_hidden_states", 3)
+        if type(said) is not int or said < 1:
+            raise ValueError(f"num_aux_hidden_states is {said!r}, expected a positive whole number")
+        return self
+
     @property
     def state_count(self) -> int:
         """How many hidden states of the verifier ``fc`` joins."""
