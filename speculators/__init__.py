@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         OutputError,
         PluginError,
         SpeculatorsError,
+        UnavailableError,
         ValidationError,
     )
     from speculators.hookspecs import hookimpl
@@ -66,6 +67,7 @@ _HOMES = {
     "SpeculatorsError": "errors",
     "Split": "table",
     "Table": "table",
+    "UnavailableError": "errors",
     "ValidationError": "errors",
     "Verifier": "verifier",
     "Vllm": "spec",
@@ -105,6 +107,7 @@ __all__ = [
     "SpeculatorsError",
     "Split",
     "Table",
+    "UnavailableError",
     "ValidationError",
     "Verifier",
     "Vllm",

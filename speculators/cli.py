@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
+import signal
+import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import speculators
-from speculators.errors import SpeculatorsError, ValidationError, printable
+from speculators.errors import ENVIRONMENT, SpeculatorsError, ValidationError, is_out_of_memory, printable
 from speculators.progress import on_terminal
 
 if TYPE_CHECKING:
@@ -24,15 +30,42 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-INTERRUPTED = 130
-"""The exit code that shells expect of a program that Ctrl-C ended."""
+BUG, BY_SIGNAL = 1, 128
+"""The exit codes of an error that nobody expected, and, with a signal's number added, of a run that it ended."""
+
+
+class _Ended(KeyboardInterrupt):
+    """Somebody asked the program to end; raised where it is, so that what it holds is tidied up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended(number)
+
+
+@contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, unless they are ignored already (as under nohup)."""
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handled = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
+    for number in handled:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Group(click.Group):
     """Turns every expected error into one message and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ending_tidily():
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
@@ -40,12 +73,35 @@ class _Group(click.Group):
                 from speculators.sources.locations import redacted_text
 
                 raise click.UsageError(redacted_text(error.format_message()), error.ctx) from None
-            except SpeculatorsError as error:
-                click.echo(f"Error: {printable(str(error))}", err=True)
-                ctx.exit(error.exit_code)
-            except KeyboardInterrupt:
-                click.echo("Interrupted; nothing was written, and what was downloaded is kept", err=True)
-                ctx.exit(INTERRUPTED)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except BrokenPipeError:  # who read the output has gone; what was done is done
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for what is still to be flushed
+                ctx.exit(BY_SIGNAL + 13)
+            except KeyboardInterrupt as error:
+                click.echo("Interrupted; nothing half-written is left, and what was downloaded is kept", err=True)
+                ctx.exit(BY_SIGNAL + (error.number if isinstance(error, _Ended) else signal.SIGINT))
+            except Exception as error:  # noqa: BLE001 - every error has its exit code
+                message, code = _explained(error)
+                click.echo(message, err=True)
+                ctx.exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Return what to print about an error, and the exit code."""
+    if isinstance(error, SpeculatorsError):
+        return f"Error: {printable(str(error))}", error.exit_code
+    if is_out_of_memory(error):
+        return "Error: out of memory; nothing was kept. Make some free, or convert on a larger machine", ENVIRONMENT
+    if isinstance(error, OSError):
+        return f"Error: {printable(str(error))}", ENVIRONMENT
+    if isinstance(error, TypeError | ValueError):  # what reading entry points ends with, where one package is damaged
+        from speculators.discovery import unreadable
+
+        if found := "; ".join(unreadable()):
+            return f"Error: {printable(found)}", SpeculatorsError.exit_code
+    lines = "".join(traceback.format_exception(error))
+    return f"{lines}This is a bug of speculators {speculators.__version__}; please report it with the lines above", BUG
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
@@ -245,6 +301,28 @@ def validate(
         raise SystemExit(ValidationError.exit_code)
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def plugins(as_json: bool) -> None:
+    """List all installed plugins, also broken ones, and where they come from."""
+    from dataclasses import asdict
+
+    from speculators.discovery import unreadable
+    from speculators.registry import Registry
+
+    registry, damaged = Registry(), list(unreadable())
+    if as_json:
+        facts = {
+            "plugins": [asdict(standing) for standing in registry.standings],
+            "contested": {alias: [one.spec.name for one in known] for alias, known in registry.contested.items()},
+            "not_installed": registry.not_installed,
+            "damaged": damaged,
+        }
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        click.echo(printable("\n".join([*_describe_plugins(registry), *damaged])))
+
+
 BAR = 30
 """Characters of a bar that stands for everything accepted."""
 
@@ -354,10 +432,28 @@ def _list_algorithms(as_json: bool) -> None:
     algorithms = [_algorithm_facts(algorithm) for algorithm in registry.algorithms]
     broken = [vars(plugin) for plugin in registry.broken]
     if as_json:
-        install = [] if registry.names else known_packages()
+        install = [] if registry.names or registry.left_out else known_packages()
         click.echo(json.dumps({"algorithms": algorithms, "broken": broken, "install": install}, indent=2))
     else:
         click.echo(printable(_listing(registry, algorithms)))
+
+
+def _describe_plugins(registry: Registry) -> list[str]:
+    from speculators.registry import describe_contested
+
+    lines = []
+    for each in registry.standings:
+        known_as = f" (also {', '.join(each.aliases)})" if each.aliases else ""
+        lines.append(f"{each.name}{known_as}: {each.state}{f', {each.reason}' if each.reason else ''}")
+        lines.append(f"    from {each.package} {each.version}{f' in {each.folder}' if each.folder else ''}")
+        lines.append(f"    entry point {each.entry_point}")
+    if not lines:
+        message = registry.describe_installed()
+        lines.append(message[0].upper() + message[1:])
+    elif registry.not_installed:
+        lines.append(registry.describe_not_installed())
+    lines += [describe_contested(alias, known) for alias, known in registry.contested.items()]
+    return lines
 
 
 def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, output
+from speculators import dtypes, output, provenance
+from speculators.beside import Beside
 from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
+from speculators.digests import Digest
 from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError
 from speculators.operations import cast, derive
 from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
-from speculators.registry import Algorithm, Registry
+from speculators.registry import AUTO, Algorithm, Registry
 from speculators.serving import Instructions, instructions
 from speculators.sharing import Completion, complete, settle
 from speculators.sources import Access, LocalLocation, local_path, parse
@@ -30,9 +30,6 @@ from speculators.weights import CHUNK, Chunk
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.validation import Report
-
-AUTO = "auto"
-"""The algorithm name that asks the installed plugins to recognise the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class Conversion:
         completions: Tensors of the verifier's to write.
         from_verifier: Output name → the verifier's tensor that engines use in its place.
         notes: What the user should know, one sentence each.
+        self_contained: Whether what drafts share with the verifier was to be written.
     """
 
     context: Context
@@ -62,6 +60,7 @@ class Conversion:
     completions: tuple[Completion, ...]
     from_verifier: dict[str, str]
     notes: tuple[str, ...]
+    self_contained: bool = False
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -159,8 +158,9 @@ def convert_model(
             then as it was before.
     """
     target = local_path(output_path)
+    target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
     places = (parse(model), parse(verifier))
-    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)], overwrite)
+    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
     shard_size = None if max_shard_size is None else output.parse_size(max_shard_size)
     if validate:
         from speculators.validation import check, require_level
@@ -171,40 +171,43 @@ def convert_model(
     if algorithm != AUTO:
         parse_options(registry.get(algorithm), algorithm_kwargs)
     access = Access(token, cache_dir, offline, progress)
-    source, base, report = Checkpoint.at(model, access), Verifier(verifier, access), None
-    require_native(source)
-    if validate and source.place.local is None:
-        _require_device(validate_device)  # of local files, checksums are computed while this imports torch
-    source.fetch()
-    with verifying(source) as verified:
-        if validate:
-            _require_device(validate_device)
-        conversion = prepare(
-            source,
-            base,
-            algorithm=algorithm,
-            dtype=dtype,
-            registry=registry,
-            algorithm_kwargs=algorithm_kwargs,
-            self_contained=self_contained,
-            progress=progress,
-        )
-        spec = conversion.algorithm.spec
-        serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
-        with output.staged(target, overwrite) as folder:
-            write(conversion, folder, max_shard_size=shard_size, progress=progress)
-            verified()
+    report = None
+    with output.staged(target, overwrite) as folder:
+        source, base = Checkpoint.at(model, access), Verifier(verifier, access)
+        require_native(source)
+        if validate and source.place.local is None:
+            _require_device(validate_device)  # of local files, checksums are computed while this imports torch
+        source.fetch()
+        with verifying(source) as verified:
             if validate:
-                progress("validating", 0, 0)
-                report = check(
-                    Checkpoint(folder),
-                    spec,
-                    conversion.context.verifier,
-                    conversion=conversion,
-                    device=validate_device,
-                    level=validate_level,
-                )
-                report.raise_on_failure()
+                _require_device(validate_device)
+            conversion = prepare(
+                source,
+                base,
+                algorithm=algorithm,
+                dtype=dtype,
+                registry=registry,
+                algorithm_kwargs=algorithm_kwargs,
+                self_contained=self_contained,
+                progress=progress,
+            )
+            spec = conversion.algorithm.spec
+            serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
+            with output.writing(target):
+                write(conversion, folder, verified, max_shard_size=shard_size, progress=progress)
+        if validate:
+            progress("validating", 0, 0)
+            report = check(
+                Checkpoint(folder),
+                spec,
+                conversion.context.verifier,
+                conversion=conversion,
+                device=validate_device,
+                level=validate_level,
+            )
+            report.raise_on_failure()
+        for read in (source, base.checkpoint):
+            read.place.require_unchanged()
     return ConversionResult(
         output_path=target,
         source=source.name,
@@ -223,19 +226,22 @@ def convert_model(
 
 
 @contextmanager
-def verifying(source: Checkpoint) -> Iterator[Callable[[], None]]:
-    """Compare a source with its checksums beside other work; yields what waits for the outcome.
+def verifying(source: Checkpoint) -> Iterator[Callable[[], dict[str, Digest]]]:
+    """Read a source for its digests and compare it with its checksums, beside other work.
+
+    Yields:
+        What waits for the digests of all files that were read.
 
     Raises:
         CheckpointError: The source was damaged after it was written, also where that led to another error of it.
     """
     stopped = Event()
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        verified = beside.submit(source.verify, stopped)
+    with Beside(lambda: source.digests(stopped)) as verified:
         try:
             yield verified.result
         except CheckpointError:
-            verified.result()
+            if source.checked:
+                verified.result()
             raise
         finally:
             stopped.set()
@@ -326,6 +332,7 @@ def prepare(
         tuple(completions),
         {target: role for target, role in left.items() if target not in written},
         (*facts.notes, *notes, *more),
+        self_contained,
     )
 
 
@@ -364,15 +371,17 @@ def _advice(chosen: Algorithm, planned: Plan, registry: Registry) -> str:
 def write(
     conversion: Conversion,
     folder: Path,
+    read: Callable[[], dict[str, Digest]],
     *,
     max_shard_size: int | None = None,
     progress: Progress = unheard,
 ) -> None:
-    """Write config and weights of a prepared conversion into ``folder``.
+    """Write config, weights and provenance of a prepared conversion into ``folder``.
 
     Args:
         conversion: What to write.
         folder: Where to write.
+        read: Waits for the digests of the source's files.
         max_shard_size: Bytes of tensors per file; one file by default.
         progress: Told about the bytes that were written.
 
@@ -387,13 +396,10 @@ def write(
         done += count
         progress("writing", done, total)
 
-    (folder / output.CONFIG_FILE).write_text(conversion.config.to_json(), encoding="utf-8")
-    output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
-    read = {
-        "source": conversion.context.source.place.identity,
-        "verifier": conversion.context.verifier.checkpoint.place.identity,
-    }
-    (folder / output.PROVENANCE_FILE).write_text(json.dumps(read, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = output.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
+    written |= output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
+    record = provenance.describe(conversion, read(), written, max_shard_size)
+    output.write_text(folder, output.PROVENANCE_FILE, record)
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speculators import digests, dtypes, provenance
 from speculators import prompts as prompting
-from speculators.checkpoint import Checkpoint, read_json, stored_dtype
+from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
-from speculators.errors import CheckpointError, OptionError, ValidationError
+from speculators.errors import CheckpointError, OptionError, ValidationError, reading
 from speculators.output import PROVENANCE_FILE
 from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
@@ -25,6 +26,7 @@ from speculators.sources import Access, HubLocation, LocalLocation, parse
 from speculators.sources.locations import COMMIT
 from speculators.table import Table
 from speculators.verifier import Verifier
+from speculators.weights import pieces
 
 if TYPE_CHECKING:
     from speculators.acceptance import Acceptance, Continuation
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 LEVELS = ("structure", "forward", "acceptance")
 """What can be checked, each level with those before it."""
+
+LOADED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".py")
+"""Endings of files that engines load from a folder."""
 
 NO_TELLING = "no difference to tell"
 """The verdict on an alternative that may be as good as what was converted."""
@@ -165,11 +170,20 @@ def validate_model(
                 native, base, algorithm=spec.name, dtype=None, registry=registry, algorithm_kwargs=algorithm_kwargs
             )
             verified()
+            native.place.require_unchanged()
     elif algorithm_kwargs:
         raise OptionError("options of the algorithm say how a source was converted; pass the source as well")
-    return check(
-        converted, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
-    )
+    require_level(level, diagnose)
+    files = check_files(converted, read=level != "structure")
+    try:
+        report = check(
+            converted, spec, base, conversion=conversion, device=device, level=level, prompts=prompts, diagnose=diagnose
+        )
+    except CheckpointError:
+        if all(each.passed for each in files):
+            raise
+        return Report(tuple(files))  # which say why it cannot be read
+    return replace(report, checks=(*files, *report.checks))
 
 
 def _named_verifier(converted: Checkpoint, block: Mapping[str, Any]) -> str:
@@ -194,13 +208,45 @@ def _named_verifier(converted: Checkpoint, block: Mapping[str, Any]) -> str:
 
 def _provenance(converted: Checkpoint) -> Mapping[str, Any]:
     """Return what an output says about the verifier that it was converted with, as far as it can be read."""
-    if not converted.place.has(PROVENANCE_FILE):
-        return {}
     try:
-        read = read_json(converted.place.path(PROVENANCE_FILE)).get("verifier")
+        read = provenance.read_record(converted).get("verifier")
     except CheckpointError:
         return {}
     return read if isinstance(read, dict) else {}
+
+
+def check_files(converted: Checkpoint, *, read: bool) -> list[Check]:
+    """Compare the files of an output with what was written; no check where its provenance does not tell.
+
+    Args:
+        converted: The output.
+        read: Whether the content is compared as well, or just the sizes.
+    """
+    try:
+        said = provenance.read_digests(converted)
+    except CheckpointError as error:
+        return [Check("files", False, str(error))]
+    if not said:
+        return []
+    findings = [
+        f"{name} was added"
+        for name in converted.place.listing()
+        if name.endswith(LOADED) and name not in {*said, PROVENANCE_FILE}
+    ]
+    for name, written in said.items():
+        if not converted.place.has(name):
+            findings.append(f"{name} is missing")
+            continue
+        path = converted.place.path(name)
+        with reading(path):
+            found = digests.of_file(path) if read else replace(written, size=path.stat().st_size)
+        if found.size != written.size:
+            findings.append(f"{name} has {found.size} bytes, {written.size} were written")
+        elif found != written:
+            findings.append(f"the content of {name} is not what was written (SHA-256 {found.sha256[:16]}…)")
+    detail = f"{len(said)} files with the {'content' if read else 'sizes'} that {PROVENANCE_FILE} says"
+    advice = f"; convert again, or remove {PROVENANCE_FILE} if that is meant"
+    return [Check("files", not findings, "; ".join(findings) + advice if findings else detail)]
 
 
 def check(
@@ -303,6 +349,8 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
     from speculators import parity
 
     layer = output.config.transformer_layer_config
+    if unsound := _unsound(output.converted):
+        return [Check("forward", False, f"{unsound}: the weights are unsound")]
     batches = parity.batches(layer.vocab_size, layer.max_position_embeddings)
     draft = output.draft(device)
     runs = [parity.run(draft, batch) for batch in batches]
@@ -325,6 +373,17 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
     if conversion is not None:
         checks.append(_check_parity(runs, mapped, conversion, batches, device, output.config.dtype))
     return checks
+
+
+def _unsound(converted: Checkpoint) -> str:
+    """Say which weights hold values that are no numbers; nothing when all are."""
+    found = []
+    for name, info in converted.tensors.items():
+        if info.dtype in dtypes.FLOATS:
+            chunk = converted.stretch(name)
+            if count := sum(dtypes.count_unsound(piece, info.dtype) for piece in pieces(chunk)):
+                found.append(f"{name} holds {count} values that are NaN or infinite")
+    return "; ".join(found)
 
 
 def _check_parity(

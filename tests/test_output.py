@@ -18,8 +18,17 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from speculators import CheckpointError, OptionError, OutputError
-from speculators.output import Payload, check_target, parse_size, staged, write_safetensors
+from speculators import CheckpointError, OptionError, OutputError, output
+from speculators.output import (
+    Payload,
+    check_replaceable,
+    check_target,
+    parse_size,
+    staged,
+    work_folder,
+    write_safetensors,
+    writing,
+)
 from speculators.weights import Extent, TensorInfo
 
 CONFIG = '{"speculators_model_type": "eagle3"}'
@@ -324,7 +333,7 @@ def test_a_filesystem_that_cannot_sync_folders_gets_its_output(tmp_path: Path, m
         (folder / "config.json").write_text(CONFIG)
 
     assert names(tmp_path) == ["out"]
-    assert len(refused) == 2
+    assert len(refused) == 3  # that of the files, the one in which the output appears, and the one that it leaves
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
@@ -359,7 +368,7 @@ def test_the_working_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(OutputError, match=r"the output \. is the working folder, which cannot be replaced"):
-        check_target(Path(), [], overwrite=False)
+        check_target(Path(), [])
 
 
 @pytest.mark.parametrize("chunks", [(b"\1",), (b"\1\2", b"\3")], ids=["too few", "too many"])
@@ -430,7 +439,7 @@ def test_an_exception_keeps_what_others_put_into_a_parent_meanwhile(tmp_path: Pa
 def test_an_exception_keeps_the_previous_content(tmp_path: Path) -> None:
     out = existing(tmp_path / "out", config_json=CONFIG)
 
-    with pytest.raises(ValueError, match="failed"), staged(out) as folder:
+    with pytest.raises(ValueError, match="failed"), staged(out, overwrite=True) as folder:
         (folder / "config.json").write_text("{}")
         raise ValueError("failed")
 
@@ -477,7 +486,8 @@ def test_an_output_has_the_permissions_that_the_umask_leaves(
 
 
 def test_an_error_of_the_disk_is_worded_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="out: No space left on device; nothing was kept"), staged(tmp_path / "out"):
+    refused = pytest.raises(OutputError, match="out: No space left on device; nothing was kept")
+    with refused, staged(tmp_path / "out"), writing(tmp_path / "out"):
         raise OSError(28, "No space left on device")
 
     assert names(tmp_path) == []
@@ -514,9 +524,8 @@ def test_a_free_target_is_accepted(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "source").mkdir()
 
-    check_target(tmp_path / "empty", [tmp_path / "source"], overwrite)
-    check_target(tmp_path / "new", [tmp_path / "source"], overwrite)
-    check_target(tmp_path / "source" / "converted", [tmp_path / "source"], overwrite)
+    check_target(tmp_path / "empty", [tmp_path / "source"])
+    check_target(tmp_path / "new", [tmp_path / "source"])
 
     assert names(tmp_path) == ["empty", "source"]
 
@@ -526,7 +535,7 @@ def test_a_file_in_the_way_is_refused(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
 
     with pytest.raises(OutputError, match="out exists and is no folder"):
-        check_target(tmp_path / "out", [], overwrite)
+        check_target(tmp_path / "out", [])
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -537,20 +546,22 @@ def test_a_symbolic_link_in_the_way_is_refused(there: bool, overwrite: bool, tmp
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
 
     with pytest.raises(OutputError, match="out exists and is no folder"):
-        check_target(tmp_path / "out", [], overwrite)
+        check_target(tmp_path / "out", [])
 
 
 def test_a_folder_that_is_not_empty_is_refused_without_overwrite(tmp_path: Path) -> None:
     out = existing(tmp_path / "out", config_json=CONFIG)
 
     with pytest.raises(OutputError, match=r"out exists and is not empty.*pass --overwrite"):
-        check_target(out, [], overwrite=False)
+        staged(out).__enter__()
+
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_converted_model_may_be_overwritten(tmp_path: Path) -> None:
     out = existing(tmp_path / "out", config_json=CONFIG, model_safetensors="")
 
-    check_target(out, [], overwrite=True)
+    check_replaceable(out, overwrite=True)
 
     assert names(out) == ["config.json", "model.safetensors"]
 
@@ -571,7 +582,7 @@ def test_a_folder_of_something_else_is_not_overwritten(config: str | None, tmp_p
     out = existing(tmp_path / "out", model_safetensors="years of work", **({"config_json": config} if config else {}))
 
     with pytest.raises(OutputError, match="out holds something other than a converted model and is not overwritten"):
-        check_target(out, [], overwrite=True)
+        check_replaceable(out, overwrite=True)
 
     assert (out / "model.safetensors").read_text() == "years of work"
 
@@ -580,7 +591,7 @@ def test_a_file_beside_a_converted_model_is_not_overwritten(tmp_path: Path) -> N
     out = existing(tmp_path / "out", config_json=CONFIG, chapter_tex="years of work")
 
     with pytest.raises(OutputError, match=r"out has chapter\.tex beside a converted model and is not overwritten"):
-        check_target(out, [], overwrite=True)
+        check_replaceable(out, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -591,7 +602,7 @@ def test_a_target_that_is_or_holds_a_source_is_refused(source: str, overwrite: b
     existing(tmp_path / "out", config_json=CONFIG)
 
     with pytest.raises(OutputError, match=r"out would replace its own source .*choose another --output-path"):
-        check_target(tmp_path / "out", [tmp_path / "elsewhere", tmp_path / source], overwrite)
+        check_target(tmp_path / "out", [tmp_path / "elsewhere", tmp_path / source])
 
 
 def test_a_source_is_recognised_behind_a_symbolic_link(tmp_path: Path) -> None:
@@ -599,10 +610,137 @@ def test_a_source_is_recognised_behind_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "head").symlink_to(out)
 
     with pytest.raises(OutputError, match="would replace its own source"):
-        check_target(out, [tmp_path / "head"], overwrite=True)
+        check_target(out, [tmp_path / "head"])
+
+
+@pytest.mark.parametrize("target", ["head/converted", "head/deep/converted", "link/converted", "head/../head/out"])
+def test_a_target_in_a_source_is_refused(target: str, tmp_path: Path) -> None:
+    existing(tmp_path / "head", config_json="{}")
+    (tmp_path / "link").symlink_to(tmp_path / "head")
+
+    with pytest.raises(OutputError, match=r"would lie in its own source .*head; choose another --output-path"):
+        check_target(tmp_path / target, [tmp_path / "elsewhere", tmp_path / "head"])
+
+    assert names(tmp_path / "head") == ["config.json"]
+
+
+def test_a_source_whose_files_are_links_into_the_target_is_refused(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG, model_safetensors="years of work")
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "model.safetensors").symlink_to(out / "model.safetensors")
+
+    with pytest.raises(OutputError, match=r"out would replace its own source .*head/model\.safetensors"):
+        check_target(out, [tmp_path / "head"])
+
+
+def test_a_target_may_lie_beside_a_weight_file(tmp_path: Path) -> None:
+    existing(tmp_path / "head", config_json="{}", model_safetensors="")
+
+    check_target(tmp_path / "head" / "converted", [tmp_path / "head" / "model.safetensors"])
+
+    assert names(tmp_path / "head") == ["config.json", "model.safetensors"]
+
+
+def test_a_second_run_to_one_path_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+        with pytest.raises(OutputError, match=r"another conversion is writing to .*out; wait for it"):
+            staged(tmp_path / "out").__enter__()
+        with staged(tmp_path / "other") as other:
+            (other / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == ["other", "out"]
+    assert names(tmp_path / "out") == ["config.json"]
+
+
+@pytest.fixture
+def died(tmp_path: Path) -> Path:
+    """What a run leaves that dies while it writes ``out``."""
+    work = work_folder(tmp_path / "out")
+    (work / "new").mkdir(parents=True)
+    (work / "new" / "model.safetensors").write_text("half of it")
+    (work / "lock").touch()
+    return work
+
+
+@pytest.mark.parametrize("target", ["out", "other"])
+def test_what_a_dead_run_left_is_removed_by_the_next_one(target: str, died: Path, tmp_path: Path) -> None:
+    with staged(tmp_path / target) as folder:
+        assert names(folder) == []
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == [target]
+    assert names(tmp_path / target) == ["config.json"]
+
+
+def test_what_a_living_run_writes_beside_is_not_removed(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+        with staged(tmp_path / "other"):
+            pass
+        assert names(folder) == ["config.json"]
+
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_a_previous_output_that_a_dead_run_had_moved_away_is_put_back(died: Path, tmp_path: Path) -> None:
+    existing(died / "old", config_json=CONFIG)
+
+    with staged(tmp_path / "other"):
+        pass
+    assert names(died) == ["lock", "new", "old"]
+    with pytest.raises(OutputError, match=r"out exists and is not empty.*pass --overwrite"):
+        staged(tmp_path / "out").__enter__()
+
+    assert names(tmp_path) == ["other", "out"]
+    assert (tmp_path / "out" / "config.json").read_text() == CONFIG
+
+
+def test_a_hidden_folder_that_somebody_else_made_is_left_alone(tmp_path: Path) -> None:
+    existing(tmp_path / ".mine.speculators", notes_txt="years of work")
+    existing(tmp_path / ".yours.speculators", lock="", notes_txt="years of work")
+
+    with staged(tmp_path / "out"):
+        pass
+
+    assert names(tmp_path) == [".mine.speculators", ".yours.speculators", "out"]
+    assert (tmp_path / ".yours.speculators" / "notes.txt").read_text() == "years of work"
+
+
+def test_a_link_in_place_of_the_hidden_folder_is_refused(tmp_path: Path) -> None:
+    existing(tmp_path / "elsewhere", new="years of work")
+    work_folder(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(OutputError, match=r"\.out\.speculators is a link, where a conversion writes"):
+        staged(tmp_path / "out").__enter__()
+
+    assert names(tmp_path / "elsewhere") == ["new"]
+
+
+def test_what_takes_the_place_of_a_previous_output_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+    real = output._exchange
+    swapped = []
+
+    def exchange(one: Path, other: Path) -> bool:
+        if not swapped:
+            out.rename(tmp_path / "moved")
+            existing(out, chapter_tex="years of work")
+        swapped.append(one)
+        return real(one, other)
+
+    monkeypatch.setattr(output, "_exchange", exchange)
+
+    with pytest.raises(OutputError, match=r"out has chapter\.tex beside"), staged(out, overwrite=True) as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == ["moved", "out"]
+    assert (out / "chapter.tex").read_text() == "years of work"
 
 
 def test_a_name_that_begins_like_the_source_is_another(tmp_path: Path) -> None:
-    check_target(tmp_path / "head", [tmp_path / "head-2"], overwrite=True)
+    check_target(tmp_path / "head", [tmp_path / "head-2"])
 
     assert names(tmp_path) == []

@@ -27,11 +27,18 @@ def converted(tmp_path: Path) -> Path:
 
 
 def change_config(folder: Path, **changes: Any) -> None:
+    forget(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def forget(folder: Path) -> None:
+    """Let a folder be one of another writer, of which nothing tells what was written."""
+    (folder / "provenance.json").unlink(missing_ok=True)
+
+
 def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    forget(folder)
     tensors = read_tensors(folder) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
 
@@ -42,7 +49,11 @@ def test_every_conversion_passes_with_the_verifier_that_its_config_names(name: s
 
     report = validate_model(tmp_path / "out")
 
-    assert [(check.name, check.passed) for check in report.checks] == [("structure", True), ("forward", True)]
+    assert [(check.name, check.passed) for check in report.checks] == [
+        ("files", True),
+        ("structure", True),
+        ("forward", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +84,11 @@ def test_a_file_that_was_cut_short_is_an_error_and_not_a_pass(converted: Path) -
     content = (converted / "model.safetensors").read_bytes()
     (converted / "model.safetensors").write_bytes(content[:-1])
 
+    report = validate_model(converted, level="structure")
+    (finding,) = [check.detail for check in report.checks if not check.passed]
+    forget(converted)
+
+    assert finding.startswith(f"model.safetensors has {len(content) - 1} bytes, {len(content)} were written")
     with pytest.raises(CheckpointError, match="is damaged or incomplete"):
         validate_model(converted, level="structure")
 
@@ -91,7 +107,7 @@ def test_weights_that_compute_nan_fail_the_forward(converted: Path) -> None:
     report = validate_model(converted)
 
     assert [check.passed for check in report.checks] == [True, False]
-    assert "NaN or infinity" in report.checks[-1].detail
+    assert "norm.weight holds 128 values that are NaN or infinite: the weights are unsound" in report.checks[-1].detail
 
 
 def test_acceptance_equals_the_counts_of_the_original_code(converted: Path) -> None:
@@ -113,6 +129,7 @@ def test_a_folder_is_compared_with_the_source_that_it_was_made_from(name: str, t
     report = validate_model(tmp_path / "out", source=DATA / name, level="acceptance", prompts=PROMPTS[:2])
 
     assert [check.name for check in report.checks] == [
+        "files",
         "structure",
         "forward",
         "parity",
@@ -120,8 +137,8 @@ def test_a_folder_is_compared_with_the_source_that_it_was_made_from(name: str, t
         "acceptance parity",
     ]
     assert report.passed
-    assert report.checks[2].detail == "hidden states and logits are exactly what the source computes"
-    assert "exactly as the output does" in report.checks[4].detail
+    assert report.checks[3].detail == "hidden states and logits are exactly what the source computes"
+    assert "exactly as the output does" in report.checks[5].detail
 
 
 def test_one_changed_weight_shows_beside_the_source(converted: Path) -> None:
@@ -150,8 +167,8 @@ def test_a_cast_output_is_compared_in_the_dtype_that_it_has(tmp_path: Path) -> N
 
     report = validate_model(tmp_path / "out", source=DATA / "hass-layernorms")
 
-    assert report.checks[1].detail.endswith("finite and repeatable in bfloat16 on cpu")
-    assert report.checks[2].detail == "hidden states and logits are exactly what the source computes"
+    assert report.checks[2].detail.endswith("finite and repeatable in bfloat16 on cpu")
+    assert report.checks[3].detail == "hidden states and logits are exactly what the source computes"
 
 
 @pytest.mark.parametrize("name", ["eagle1-fc-bias", "eagle1-no-bias", "hass-fc-bias"])
@@ -294,6 +311,7 @@ def test_the_command_prints_a_verdict_and_sets_the_exit_code(converted: Path) ->
 
     assert passed.exit_code == 0
     assert passed.output == (
+        "files      passed  2 files with the sizes that provenance.json says\n"
         "structure  passed  15 tensors with the names, shapes and dtypes that config.json requires\n"
         "Everything that was checked is right\n"
     )
