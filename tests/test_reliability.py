@@ -1,0 +1,75 @@
+"""What the page on reliability says of bad input is what happens; `reliability` says how it comes about."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from checkpoints import DATA, VERIFIER, contents
+from click.testing import CliRunner
+from reliability import FAULTS, INPUTS, Input, Workplace
+
+from speculators import convert_model
+from speculators.cli import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A place with an earlier output, which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    found = Workplace(tmp_path)
+    found.fill()
+    convert_model(DATA / "eagle1-no-bias", verifier=VERIFIER, output_path="out", validate=False)
+    return found
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Read all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", INPUTS, ids=lambda case: case.what)
+def test_bad_input_is_one_error_and_changes_nothing(case: Input, place: Workplace) -> None:
+    more = case.bring(place)
+    before = everything(place.folder)
+
+    result = CliRunner().invoke(
+        cli, ["convert", "head", "--verifier", "base", "--output-path", "out", "--overwrite", *more]
+    )
+
+    assert result.exit_code == case.code, result.output
+    assert case.message in result.output
+    assert "Traceback" not in result.output
+    assert [line for line in result.output.splitlines() if line.startswith(("Error: ", "Usage: "))][1:] == []
+    assert everything(place.folder) == before
+    assert not (place.folder / "executed").exists()
+
+
+def test_the_same_head_is_converted_when_nothing_is_wrong(place: Workplace) -> None:
+    result = CliRunner().invoke(cli, ["convert", "head", "--verifier", "base", "--output-path", "out", "--overwrite"])
+
+    assert result.exit_code == 0, result.output
+    assert sorted(contents(place.folder / "out")) == ["config.json", "model.safetensors", "provenance.json"]
+
+
+def table(page: str, name: str) -> list[list[str]]:
+    """Return the cells of the table behind a mark."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.DOTALL)
+    assert found is not None
+    return [line.strip("| ").split(" | ") for line in found[1].splitlines()[2:]]
+
+
+def test_the_page_on_reliability_lists_what_is_tested() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+
+    assert table(page, "inputs") == [[case.what, f"`{case.message}`", str(case.code)] for case in INPUTS]
+    assert table(page, "faults") == [[fault.what, fault.sees, fault.code or " ", fault.disk] for fault in FAULTS]
+
+
+def test_what_it_says_of_faults_is_proved_by_a_test_that_there_is() -> None:
+    suite = (ROOT / "tests" / "slow" / "test_faults.py").read_text()
+
+    assert [fault.what for fault in FAULTS if f"def {fault.test}(" not in suite] == []
