@@ -290,3 +290,44 @@ def test_version(command: list[str]) -> None:
     result = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
 
     assert result.stdout == "speculators, version 1.0.0\n"
+
+
+def test_a_reader_that_has_gone_is_no_bug(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = ["convert", DATA / "eagle3", "--verifier", VERIFIER, "--output-path", tmp_path / "out", "--no-validate"]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "speculators", *arguments], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert (tmp_path / "out" / "provenance.json").exists()
+
+
+@pytest.mark.parametrize("path", ["/", "/proc"])
+def test_where_a_disk_is_mounted_no_output_is_put(path: str) -> None:
+    result = run("convert", DATA / "eagle3", "--verifier", VERIFIER, "--output-path", path, "--overwrite")
+
+    assert result.exit_code == 5
+    assert "which cannot be replaced" in result.output or "would replace its own source" in result.output
+
+
+def test_dots_at_the_end_mean_the_folder_that_they_lead_to(tmp_path: Path) -> None:
+    result = run(
+        "convert",
+        DATA / "eagle3",
+        "--verifier",
+        VERIFIER,
+        "--output-path",
+        tmp_path / "a" / "b" / "..",
+        "--no-validate",
+    )
+
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import DATA, VERIFIER, contents
 from click.testing import CliRunner
-from reliability import FAULTS, INPUTS, Input, Workplace
+from reliability import FAULTS, INPUTS, Input, Payload, Workplace
 
 from speculators import convert_model
 from speculators.cli import cli
@@ -73,3 +73,76 @@ def test_what_it_says_of_faults_is_proved_by_a_test_that_there_is() -> None:
     suite = (ROOT / "tests" / "slow" / "test_faults.py").read_text()
 
     assert [fault.what for fault in FAULTS if f"def {fault.test}(" not in suite] == []
+
+
+EVIL = """
+from pathlib import Path
+Path("executed").mkdir()
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(
+            {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}},
+            "transformers cannot load the verifier base",
+            id="a model of its own",
+        ),
+        pytest.param(
+            {"attn_implementation": "somebody/kernel"},
+            "the config of the verifier base asks for code from elsewhere: attn_implementation 'somebody/kernel'",
+            id="a kernel from a repository",
+        ),
+    ],
+)
+def test_code_that_a_verifier_names_is_not_run(config: dict[str, object], message: str, place: Workplace) -> None:
+    place.config("base", **config)
+    place.text("base/evil.py", EVIL)
+    before = everything(place.folder)
+
+    result = CliRunner().invoke(
+        cli,
+        [
+            "convert",
+            "head",
+            "--verifier",
+            "base",
+            "--output-path",
+            "out",
+            "--overwrite",
+            "--validate-level",
+            "acceptance",
+        ],
+    )
+
+    assert result.exit_code == 3, result.output
+    assert message in result.output
+    assert everything(place.folder) == before
+    assert not (place.folder / "executed").exists()
+
+
+def test_a_tokenizer_that_brings_code_is_not_run(place: Workplace) -> None:
+    place.text("base/evil.py", EVIL)
+    place.text("base/tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
+
+    result = CliRunner().invoke(
+        cli,
+        ["convert", "head", "--verifier", "base", "--output-path", "new", "--validate-level", "acceptance"],
+    )
+
+    assert result.exit_code == 3, result.output
+    assert "transformers cannot load the tokenizer of base" in result.output
+    assert not (place.folder / "executed").exists()
+
+
+def test_no_environment_variable_lets_a_pickle_run_code(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setattr("speculators.pickles._screen", lambda *file: None)  # so that torch is all that stands between
+    place.pickled({"a": Payload()})
+
+    result = CliRunner().invoke(cli, ["convert", "head", "--verifier", "base", "--output-path", "new"])
+
+    assert result.exit_code == 3, result.output
+    assert "is refused, its pickle asks for posix.mkdir" in result.output
+    assert not (place.folder / "executed").exists()
