@@ -62,6 +62,9 @@ MOST_SHARDS = 10_000
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of files beside the weights that transformers may read."""
 
+FOREIGN = "adapter_"
+"""What the names of files begin with that belong to another model, which they name."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 """Any of these beside a verifier's config means that it has a tokenizer."""
 
@@ -148,7 +151,7 @@ class Checkpoint:
                 yield present
         for suffix in FORMATS:
             files = [name for name in self.place.listing() if name.endswith(suffix) and self.place.has(name)]
-            if others := sorted(name for name in files if not name.startswith(("adapter_", "."))):
+            if others := sorted(name for name in files if not name.startswith((FOREIGN, "."))):
                 yield others
 
     def _locate_shards(self, index: str) -> dict[str, Indexed | None]:
@@ -238,6 +241,7 @@ class Checkpoint:
             weights: Whether the weights are among them, or just config and tokenizer.
         """
         names = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
+        names = {name for name in names if not name.startswith(FOREIGN)}
         names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self.place.has(name)}
         if weights:
             names |= set(self._located) | {indexed[0] for indexed in self._located.values() if indexed}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-LARGEST = 24 << 20
-"""Bytes of a config, a header or an index; the indexes of the largest models have about 15 MB."""
+LARGEST = 32 << 20
+"""Bytes of a config, a header or an index; the indexes of the largest models have about 26 MB."""
 
 MOST_CONTAINERS = 250_000
 """Objects and lists in one; a header has three for each tensor, and each takes some hundred bytes of memory."""

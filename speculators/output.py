@@ -52,6 +52,9 @@ LOCK, SOFT_LOCK, NEW, OLD = "lock", "soft-lock", "new", "old"
 """What lies in it: the lock of the run that it belongs to, by the system or, where that has none, by a file that is
 there; the output as it grows; and the one that it replaces."""
 
+KEPT = "kept"
+"""What was replaced by mistake and could not be put back; only its owner removes it."""
+
 PATIENCE, ATTEMPTS = 1.0, 20
 """Seconds for which a run waits for another to let go of its hidden folder, and how often it tries to make it."""
 
@@ -202,9 +205,9 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 (work / NEW).mkdir()
             yield work / NEW
             with writing(path):
-                _publish(work, path, overwrite)
                 for parent in created:
                     _sync_names(parent.parent)
+                _publish(work, path, overwrite)
     except BaseException:
         for parent in created:
             _remove_if_empty(parent)
@@ -254,8 +257,8 @@ def _hold(work: Path, path: Path) -> BaseFileLock:
             time.sleep(PATIENCE / ATTEMPTS)
         except Timeout:
             break
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
                 _remove_if_empty(work)
                 raise
             lock = SoftFileLock(work / SOFT_LOCK, timeout=PATIENCE)
@@ -295,7 +298,7 @@ def _clean_others(work: Path) -> None:
     from filelock import FileLock, Timeout
 
     for other in work.parent.glob(f".*{WORK_SUFFIX}"):
-        with suppress(OSError, Timeout):
+        with suppress(OSError, NotImplementedError, Timeout):
             if other != work and (other / LOCK).exists() and not other.is_symlink():
                 lock = FileLock(other / LOCK, timeout=0)
                 lock.acquire()
@@ -315,21 +318,20 @@ def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:
             _settle(work, path)
         raise
     finally:
+        _remove(work, lock)
         if (work / OLD).exists():
             warnings.warn(
                 f"the previous output is in {work / OLD}; the next conversion to {path} puts it back", stacklevel=2
             )
-        _remove(work, lock)
 
 
 def _remove(work: Path, lock: BaseFileLock) -> None:
     """Remove a hidden folder that holds nothing but its lock, and then give that up."""
-    if WINDOWS:
-        lock.release()  # there, no open file can be removed
+    if WINDOWS or (work / SOFT_LOCK).exists():
+        lock.release()  # an open file cannot be removed there, and a soft lock is a file that it removes
     with suppress(OSError):
         if {entry.name for entry in work.iterdir()} <= {LOCK, SOFT_LOCK}:
             (work / LOCK).unlink(missing_ok=True)
-            (work / SOFT_LOCK).unlink(missing_ok=True)
             work.rmdir()
     with suppress(OSError):
         lock.release()
@@ -357,8 +359,19 @@ def _publish(work: Path, path: Path, overwrite: bool) -> None:
         _sync_names(path.parent)
         _sync_names(work)
     except BaseException:
-        undo()
+        _take_back(undo, work)
         raise
+
+
+def _take_back(undo: Callable[[], object], work: Path) -> None:
+    """Undo a publication; where that fails, too, keep what was replaced under a name that nobody removes."""
+    with suppress(OSError):
+        if undo():
+            return
+    for name in (NEW, OLD):
+        if (work / name).exists():
+            (work / name).rename(work / KEPT)
+            warnings.warn(f"what was replaced is kept in {work / KEPT}; move it back", stacklevel=2)
 
 
 def _put(work: Path, path: Path) -> Callable[[], object]:
@@ -367,7 +380,7 @@ def _put(work: Path, path: Path) -> Callable[[], object]:
     What was there goes to `NEW`, or where two steps are needed to `OLD`, so that `_settle` can tell between them.
 
     Returns:
-        What takes it back to `NEW`.
+        What takes it back to `NEW`; false if it cannot.
     """
     new = work / NEW
     if not (path.exists() and any(path.iterdir())):

@@ -275,7 +275,10 @@ def _check_size(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> Non
 
 
 def _small(archive: zipfile.ZipFile, ending: str, largest: int) -> bytes:
-    found = next((entry for entry in archive.infolist() if entry.filename.endswith(ending)), None)
+    named = [entry for entry in archive.infolist() if entry.filename.lower().endswith(ending)]
+    if len(named) > 1:  # of which torch may take another
+        raise ValueError(f"it holds both {named[0].filename!r} and {named[1].filename!r}")
+    found = named[0] if named else None
     if found is not None and found.file_size > largest:
         raise ValueError(f"{found.filename!r} has {found.file_size} bytes, at most {largest} are expected")
     return archive.read(found) if found is not None else b""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TEXT_BLOCKS = ("text_config", "llm_config", "language_config", "thinker_config", "model")
 """Where multimodal configs keep the language model's; the last is an old vLLM draft's."""
 
+DEEPEST = 8
+"""How deep blocks of a config lie in others, at most."""
+
 SHARED_TENSORS: Mapping[str, tuple[str, ...]] = {
     "embed_tokens": (
         "model.embed_tokens.weight",
@@ -161,20 +164,24 @@ def quiet_transformers() -> Iterator[None]:
             remarks.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _code_of_others(config: Mapping[str, Any]) -> str:
-    """Return where a config would have transformers take a kernel from; nothing where it does not."""
+def _code_of_others(config: Mapping[str, Any], depth: int = 0) -> str:
+    """Return what a config would have transformers load from elsewhere; nothing where it does not."""
+    if depth > DEEPEST:
+        return f"nothing that can be found, as it is nested more than {DEEPEST} deep"
     for key, value in config.items():
-        if isinstance(value, Mapping) and (found := _code_of_others(value)):
+        inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Mapping)]
+        if found := next(filter(None, (_code_of_others(each, depth + 1) for each in inner)), ""):
             return found
-        if key.endswith("_implementation") and "/" in str(value):
+        if key == "transformers_weights" or ("_implementation" in key and "/" in str(value)):
             return f"{key} {value!r}"
     return ""
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """Return the language model's part of a config: nested blocks first, then what stands outside."""
     merged = {key: value for key, value in config.items() if value is not None}
     for block in TEXT_BLOCKS:
-        if isinstance(config.get(block), Mapping):
-            merged |= {key: value for key, value in text_config(config[block]).items() if value is not None}
+        if isinstance(config.get(block), Mapping) and depth < DEEPEST:
+            inner = text_config(config[block], depth + 1)
+            merged |= {key: value for key, value in inner.items() if value is not None}
     return merged

@@ -253,7 +253,7 @@ INPUTS = (
     ),
     Input(
         "JSON that is too large",
-        lambda place: place.text("head/config.json", " " * (25 << 20)),
+        lambda place: place.text("head/config.json", " " * (33 << 20)),
         "more than any config, header or index",
         3,
     ),

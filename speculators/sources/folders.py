@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as cache_calls
 from functools import cached_property
@@ -83,9 +83,17 @@ class Folder(ABC):
             CheckpointError: It cannot be had, or is damaged.
         """
 
-    @abstractmethod
-    def gathered(self, names: Collection[str]) -> AbstractContextManager[Path]:
-        """Bring files together in one folder here, for a library that reads whole folders."""
+    @contextmanager
+    def gathered(self, names: Collection[str]) -> Iterator[Path]:
+        """Bring files together in a folder of links, for a library that reads whole folders; it goes with the block."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                place, kept = Path(folder) / name, self.path(name).absolute()
+                try:
+                    place.symlink_to(kept)
+                except OSError:  # not every system lets everyone make links
+                    shutil.copyfile(kept, place)
+            yield Path(folder)
 
     @property
     @abstractmethod
@@ -182,11 +190,6 @@ class LocalFolder(Folder):
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file."""
         return opener(self.path(name))
-
-    @contextmanager
-    def gathered(self, names: Collection[str]) -> Iterator[Path]:
-        """Yield the folder as it is."""
-        yield self._folder
 
     @property
     def reference(self) -> str:
@@ -352,18 +355,6 @@ class UrlFolder(Folder):
                 raise self._not_cached(name)
             return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size)
         return open_partly(self._remote(name), stat, kept, lambda: opener(self.path(name)))
-
-    @contextmanager
-    def gathered(self, names: Collection[str]) -> Iterator[Path]:
-        """Bring files together in a folder of links, which goes when the block ends."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name in names:
-                place, kept = Path(folder) / name, self.path(name)
-                try:
-                    place.symlink_to(kept)
-                except OSError:  # not every system lets everyone make links
-                    shutil.copyfile(kept, place)
-            yield Path(folder)
 
     @property
     def identity(self) -> Mapping[str, object]:

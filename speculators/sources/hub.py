@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
@@ -142,13 +142,6 @@ class HubFolder(Folder):
             if ranges and size is not None:
                 note(kept / "size" / str(size), b"")
         return open_partly(file, Stat(size, self.commit, ranges), kept, lambda: opener(self.path(name)))
-
-    @contextmanager
-    def gathered(self, names: Collection[str]) -> Iterator[Path]:
-        """Fetch files, and yield the folder in which the cache has them."""
-        for name in names:
-            self.path(name)
-        yield self._snapshot / self._inside
 
     @property
     def reference(self) -> str:
