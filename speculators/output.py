@@ -305,7 +305,8 @@ def _clean_others(work: Path) -> None:
                 if {entry.name for entry in other.iterdir()} <= {LOCK, NEW}:
                     shutil.rmtree(other / NEW, ignore_errors=True)
                     _remove(other, lock)
-                lock.release()
+                else:
+                    lock.release()
 
 
 def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:

@@ -317,14 +317,13 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        with reading(path):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (CheckpointError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise _refusal(str(path), found[1] if found else "") from error
-    except MemoryError:
-        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
