@@ -2,7 +2,7 @@
 
     python benchmarks/copying.py FILE [--rounds 9]
 
-What `speculators.output` does was chosen by this. Each way runs in a process of its own; all write what
+What `speculators.writer` does was chosen by this. Each way runs in a process of its own; all write what
 FILE holds, in the same order, into a file beside it, and sync it. The seconds include the start of a
 process, which the first row shows. The last way is the safetensors library's ``serialize_file``, given
 pointers into a memory map of FILE.

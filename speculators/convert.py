@@ -9,14 +9,13 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, output, provenance
+from speculators import dtypes, output, provenance, writer
 from speculators.beside import Beside
 from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.digests import Digest
 from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError
 from speculators.operations import cast, derive
-from speculators.output import Payload
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import AUTO, Algorithm, Registry
@@ -26,6 +25,7 @@ from speculators.sources import Access, LocalLocation, local_path, parse
 from speculators.spec import Context
 from speculators.verifier import Verifier
 from speculators.weights import CHUNK, Chunk
+from speculators.writer import Payload
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
@@ -161,7 +161,7 @@ def convert_model(
     target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
     places = (parse(model), parse(verifier))
     output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
-    shard_size = None if max_shard_size is None else output.parse_size(max_shard_size)
+    shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
     if validate:
         from speculators.validation import check, require_level
 
@@ -396,10 +396,10 @@ def write(
         done += count
         progress("writing", done, total)
 
-    written = output.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
-    written |= output.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
+    written = writer.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
+    written |= writer.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
     record = provenance.describe(conversion, read(), written, max_shard_size)
-    output.write_text(folder, output.PROVENANCE_FILE, record)
+    writer.write_text(folder, output.PROVENANCE_FILE, record)
 
 
 def _payloads(conversion: Conversion) -> Iterator[Payload]:

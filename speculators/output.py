@@ -13,24 +13,15 @@ import json
 import os
 import re
 import shutil
-import struct
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from fractions import Fraction
-from io import FileIO
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from speculators import digests, dtypes
-from speculators.beside import Beside
 from speculators.config import MODEL_TYPE_KEY
-from speculators.digests import Digest
-from speculators.errors import OptionError, OutputError
-from speculators.weights import CHUNK, Chunk, Extent, TensorInfo
+from speculators.errors import OutputError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -38,7 +29,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_FILE = "model{suffix}.safetensors"
 PROVENANCE_FILE = "provenance.json"
 OWN_FILES = re.compile(
     r"config\.json|provenance\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -70,25 +60,7 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What filesystems without locks answer, beside ENOSYS, which filelock knows."""
 
-COPY = 16 << 20
-"""Bytes that the kernel is asked to copy at a time."""
-
 WINDOWS = os.name == "nt"
-
-Report = Callable[[int], object]
-
-
-def _unheard(count: int) -> None:
-    """Report nothing."""
-
-
-@dataclass(frozen=True)
-class Payload:
-    """One tensor to write and where its bytes come from."""
-
-    name: str
-    info: TensorInfo
-    chunks: Iterable[Chunk]
 
 
 def check_target(path: Path, sources: Iterable[Path]) -> None:
@@ -425,158 +397,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def parse_size(size: str | int) -> int:
-    """Return a number of bytes: ``5_000_000_000``, ``"5GB"`` or ``"500MB"``, in powers of 1000 as on the Hub.
-
-    Raises:
-        OptionError: It is no size, or zero.
-    """
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE | re.ASCII)
-    count = int(Fraction(found[1]) * 1000 ** "BKMGT".index((found[2] or "B")[0].upper())) if found else 0
-    if not count:
-        raise OptionError(f"{size!r} is no size of a shard; write it as '5GB' or '500MB'")
-    return count
-
-
-def write_text(folder: Path, name: str, text: str) -> dict[str, Digest]:
-    """Write a small file, the same bytes on every system, and return its digest by its name."""
-    data = text.encode()
-    (folder / name).write_bytes(data)
-    return {name: digests.of_bytes(data)}
-
-
-def write_safetensors(
-    folder: Path, payloads: Iterable[Payload], *, max_shard_size: int | None = None, report: Report = _unheard
-) -> dict[str, Digest]:
-    """Write tensors as one safetensors file, or as shards with an index, as the Hugging Face Hub names them.
-
-    Files carry the ``format: pt`` metadata that loaders ask for. Wide dtypes come first, so that every
-    tensor is aligned, then names in order: the same tensors give the same bytes.
-
-    Args:
-        folder: Where to write.
-        payloads: The tensors.
-        max_shard_size: Bytes of tensors per file; a larger tensor has a file of its own. One file by default.
-        report: Called with the number of bytes each time some were written.
-
-    Returns:
-        The digest of each file that was written, by its name.
-    """
-    ordered = {
-        payload.name: payload
-        for payload in sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
-    }
-    if max_shard_size is None or not ordered:
-        return {WEIGHTS_FILE: _write_file(folder / WEIGHTS_FILE, list(ordered.values()), report)}
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        ordered,
-        get_storage_size=lambda payload: payload.info.nbytes,
-        filename_pattern=SHARD_FILE,
-        max_shard_size=max_shard_size,
-    )
-    written = {
-        name: _write_file(folder / name, [ordered[tensor] for tensor in held], report)
-        for name, held in split.filename_to_tensors.items()
-    }
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        written |= write_text(folder, INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return written
-
-
-def _write_file(path: Path, payloads: list[Payload], report: Report) -> Digest:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for payload in payloads:
-        end = offset + payload.info.nbytes
-        header[payload.name] = {
-            "dtype": payload.info.dtype,
-            "shape": list(payload.info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with (
-        path.open("wb", buffering=0) as file,
-        digests.following(path) as (follow, digest),
-        _syncing(file, report) as syncing,
-    ):
-
-        def written(count: int) -> None:
-            follow(count)
-            syncing(count)
-
-        follow(_write(file, struct.pack("<Q", len(text)) + text))
-        for payload in payloads:
-            _write_tensor(file, payload, written)
-        return digest()
-
-
-def _write_tensor(file: FileIO, payload: Payload, report: Report) -> None:
-    start = file.tell()
-    for chunk in payload.chunks:
-        if isinstance(chunk, Extent):
-            _copy(chunk, file, report)
-        else:
-            report(_write(file, chunk))
-    if file.tell() - start != payload.info.nbytes:
-        raise RuntimeError(f"wrote {file.tell() - start} bytes of {payload.name}, expected {payload.info.nbytes}")
-
-
-@contextmanager
-def _syncing(file: FileIO, report: Report) -> Iterator[Report]:
-    """Keep the disk busy from the first chunk on; a single sync at the end would wait for all of it."""
-    counts: SimpleQueue[int] = SimpleQueue()
-
-    def sync() -> None:
-        ended = False
-        while not ended:
-            ended = not counts.get()
-            while not counts.empty():  # one sync is for all that was written before it
-                ended = not counts.get() or ended
-            os.fsync(file.fileno())
-
-    with Beside(sync) as beside:
-
-        def written(count: int) -> None:
-            report(count)
-            if count:
-                counts.put(count)
-
-        try:
-            yield written
-            counts.put(0)
-            beside.result()
-        finally:
-            counts.put(0)
-
-
-def _write(file: FileIO, data: bytes | memoryview) -> int:
-    rest = memoryview(data).cast("B")
-    size = len(rest)
-    while rest:
-        rest = rest[file.write(rest) :]
-    return size
-
-
-def _copy(extent: Extent, target: FileIO, report: Report) -> None:
-    """Append a stretch of another file, in the kernel where it can."""
-    while extent.size:
-        copied = _copy_some(extent, target)
-        extent = extent.part(copied, extent.size)
-        report(copied)
-
-
-def _copy_some(extent: Extent, target: FileIO) -> int:
-    if hasattr(os, "copy_file_range"):
-        # Not every pair of filesystems can; what they answer differs between kernels.
-        with suppress(OSError):
-            size = min(extent.size, COPY)
-            if copied := os.copy_file_range(extent.file.fileno(), target.fileno(), size, offset_src=extent.start):
-                return copied
-    return _write(target, extent.part(0, min(extent.size, CHUNK)).read())
