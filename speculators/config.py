@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from speculators import dtypes
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, described
 
 MODEL_TYPE_KEY = "speculators_model_type"
 """The key that marks a config as one in the speculators format."""
@@ -132,6 +132,10 @@ class SpeculatorConfig(BaseModel):
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors()]
             raise CheckpointError("; ".join(wrong)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a plugin's validator raises
+            raise CheckpointError(f"a validator of {cls.__name__} raised {described(error)}") from error
 
     def to_json(self) -> str:
         """Serialise with sorted keys and a final newline; the same config gives the same bytes."""

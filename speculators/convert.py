@@ -14,7 +14,14 @@ from speculators.beside import Beside
 from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.digests import Digest
-from speculators.errors import AlreadyConvertedError, CheckpointError, MismatchError, OptionError
+from speculators.errors import (
+    AlreadyConvertedError,
+    CheckpointError,
+    MismatchError,
+    OptionError,
+    SpeculatorsError,
+    described,
+)
 from speculators.operations import cast, derive
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
@@ -341,6 +348,7 @@ def parse_options(algorithm: Algorithm, given: dict[str, Any]) -> Any:
 
     Raises:
         OptionError: Names every unknown or ill-typed one and lists those that exist.
+        PluginError: A validator raises what pydantic does not know.
     """
     from pydantic import ValidationError
 
@@ -357,6 +365,13 @@ def parse_options(algorithm: Algorithm, given: dict[str, Any]) -> Any:
                 problems.append(f"{name}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})")
         known = ", ".join(sorted(schema.model_fields))
         raise OptionError(f"{'; '.join(problems)}. Options of {algorithm.spec.name}: {known}") from error
+    except (SpeculatorsError, MemoryError):
+        raise
+    except Exception as error:
+        from speculators.guard import HookError
+
+        origin = f"{algorithm.package} {algorithm.version}"
+        raise HookError(origin, f"a validator of its options raised {described(error)}") from error
 
 
 def _advice(chosen: Algorithm, planned: Plan, registry: Registry) -> str:

@@ -13,10 +13,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +45,7 @@ LOCK, SOFT_LOCK, NEW, OLD = "lock", "soft-lock", "new", "old"
 there; the output as it grows; and the one that it replaces."""
 
 KEPT = "kept"
-"""What was replaced by mistake and could not be put back; only its owner removes it."""
+"""What names begin with of what was replaced by mistake and could not be put back; only its owner removes it."""
 
 PATIENCE, ATTEMPTS = 1.0, 20
 """Seconds for which a run waits for another to let go of its hidden folder, and how often it tries to make it."""
@@ -57,8 +59,8 @@ EXCHANGE, HERE = 2, -100
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 """What filesystems answer that cannot sync the names in a folder, and folders that may be written but not read."""
 
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What filesystems without locks answer, beside ENOSYS, which filelock knows."""
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What filesystems without locks answer. ENOLCK is none of it, as it may be over the next moment."""
 
 WINDOWS = os.name == "nt"
 
@@ -122,12 +124,12 @@ def check_replaceable(path: Path, overwrite: bool, name: Path | None = None) -> 
         OutputError: Names what would be lost.
     """
     name = name or path
-    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    found = sorted(path.iterdir()) if path.exists() else []
     if not found:
         return
     if not overwrite:
         raise OutputError(f"{name} exists and is not empty; choose another --output-path or pass --overwrite")
-    others = [file for file in found if not OWN_FILES.fullmatch(file)]
+    others = [file.name for file in found if not OWN_FILES.fullmatch(file.name) or file.is_dir()]
     if others:
         raise OutputError(
             f"{name} has {', '.join(others[:3])} beside a converted model and is not overwritten; move it away first"
@@ -217,20 +219,22 @@ def _hold(work: Path, path: Path) -> BaseFileLock:
     """Make a hidden folder, if it is not there, and take its lock."""
     from filelock import FileLock, SoftFileLock, Timeout
 
-    lock: BaseFileLock = FileLock(work / LOCK, timeout=PATIENCE)
+    lock: BaseFileLock = FileLock(work / LOCK, timeout=PATIENCE, fallback_to_soft=False)
     for _ in range(ATTEMPTS):
-        if work.is_symlink():
-            raise OutputError(f"{work} is a link, where a conversion writes what is not complete; remove it")
+        if work.is_symlink() or (work.exists() and not work.is_dir()):
+            raise OutputError(f"{work} is no folder, and a conversion writes there what is not complete; remove it")
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            if (work / SOFT_LOCK).exists() and not isinstance(lock, SoftFileLock):
+                _end_soft_lock(work, lock)
             return lock
         except (FileNotFoundError, FileExistsError):  # another run was about to remove it
             time.sleep(PATIENCE / ATTEMPTS)
         except Timeout:
             break
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
                 _remove_if_empty(work)
                 raise
             lock = SoftFileLock(work / SOFT_LOCK, timeout=PATIENCE)
@@ -241,6 +245,22 @@ def _hold(work: Path, path: Path) -> BaseFileLock:
         f"another conversion is writing to {path}; wait for it or choose another --output-path (if there is none, "
         f"remove {work / SOFT_LOCK})"
     )
+
+
+def _end_soft_lock(work: Path, lock: BaseFileLock) -> None:
+    """Remove the soft lock of a dead run, which another machine left where it could not lock as this one can.
+
+    Raises:
+        Timeout: The run lives, or cannot be asked.
+    """
+    from filelock import SoftFileLock
+
+    try:
+        with SoftFileLock(work / SOFT_LOCK, timeout=PATIENCE):
+            pass
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _settle(work: Path, path: Path) -> None:
@@ -255,7 +275,7 @@ def _settle(work: Path, path: Path) -> None:
     if old.exists():
         if not new.exists() and path.exists():
             old.rename(new)  # the new one was put in its place, so this one is of no use
-        elif path.exists() and any(path.iterdir()):
+        elif _is_filled(path):
             raise OutputError(f"{path} should hold the previous output, which is in {old}; move one of them away first")
         else:
             old.rename(path)
@@ -270,9 +290,13 @@ def _clean_others(work: Path) -> None:
     from filelock import FileLock, Timeout
 
     for other in work.parent.glob(f".*{WORK_SUFFIX}"):
-        with suppress(OSError, NotImplementedError, Timeout):
-            if other != work and (other / LOCK).exists() and not other.is_symlink():
-                lock = FileLock(other / LOCK, timeout=0)
+        with suppress(OSError, Timeout):
+            if other == work or other.is_symlink():
+                continue
+            if not (other / LOCK).exists():
+                other.rmdir()  # a run that died at once left it empty; one that has just made it makes it again
+            else:
+                lock = FileLock(other / LOCK, timeout=0, fallback_to_soft=False)
                 lock.acquire()
                 if {entry.name for entry in other.iterdir()} <= {LOCK, NEW}:
                     shutil.rmtree(other / NEW, ignore_errors=True)
@@ -300,14 +324,20 @@ def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:
 
 def _remove(work: Path, lock: BaseFileLock) -> None:
     """Remove a hidden folder that holds nothing but its lock, and then give that up."""
-    if WINDOWS or (work / SOFT_LOCK).exists():
+    from filelock import SoftFileLock
+
+    if WINDOWS or isinstance(lock, SoftFileLock):
         lock.release()  # an open file cannot be removed there, and a soft lock is a file that it removes
     with suppress(OSError):
-        if {entry.name for entry in work.iterdir()} <= {LOCK, SOFT_LOCK}:
+        if {entry.name for entry in work.iterdir()} <= {LOCK}:
             (work / LOCK).unlink(missing_ok=True)
             work.rmdir()
     with suppress(OSError):
         lock.release()
+
+
+def _is_filled(path: Path) -> bool:
+    return path.exists() and any(path.iterdir())
 
 
 def _missing_parents(path: Path) -> list[Path]:
@@ -326,8 +356,13 @@ def _publish(work: Path, path: Path, overwrite: bool) -> None:
         _sync(file)
     _sync_names(new)
     check_replaceable(path, overwrite)
+    mode = stat.S_IMODE(path.stat().st_mode) if _is_filled(path) else None
+    if mode is not None:
+        new.chmod(mode | stat.S_IRWXU)  # as private as before, but a folder must be writable to be moved
     undo = _put(work, path)
     try:
+        if mode is not None:
+            path.chmod(mode)
         check_replaceable(new if new.exists() else work / OLD, overwrite, path)  # it may have changed just before
         _sync_names(path.parent)
         _sync_names(work)
@@ -341,10 +376,11 @@ def _take_back(undo: Callable[[], object], work: Path) -> None:
     with suppress(OSError):
         if undo():
             return
+    kept = next(each for number in count() if not (each := work / f"{KEPT}-{number}").exists())
     for name in (NEW, OLD):
         if (work / name).exists():
-            (work / name).rename(work / KEPT)
-            warnings.warn(f"what was replaced is kept in {work / KEPT}; move it back", stacklevel=2)
+            (work / name).rename(kept)
+            warnings.warn(f"what was replaced is kept in {kept}; move it back", stacklevel=2)
 
 
 def _put(work: Path, path: Path) -> Callable[[], object]:
@@ -356,12 +392,11 @@ def _put(work: Path, path: Path) -> Callable[[], object]:
         What takes it back to `NEW`; false if it cannot.
     """
     new = work / NEW
-    if not (path.exists() and any(path.iterdir())):
+    if not _is_filled(path):
         if WINDOWS and path.exists():
             path.rmdir()  # elsewhere a folder takes the place of an empty one in one step
         new.rename(path)
         return lambda: path.rename(new)
-    shutil.copymode(path, new)
     if _exchange(new, path):
         return lambda: _exchange(new, path)
     path.rename(work / OLD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from inspect import isfunction
 from pathlib import Path
 
@@ -153,6 +154,43 @@ def test_a_hook_that_returns_something_else_is_named_with_what_was_expected(
     assert f"{hook} returned " in str(error.value)
     assert found in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def validating(schema: str, raised: str) -> str:
+    """The toy plugin with a validator of its options or its config that fails on what is set."""
+    validator = f"""
+    @pydantic.field_validator("squash")
+    def _strange(cls, value):
+        if value:
+            raise {raised}
+        return value
+"""
+    lines = TOY.splitlines(keepends=True)
+    place = next(number for number, line in enumerate(lines) if line.startswith(f"class {schema}("))
+    last = next(number for number in range(place, len(lines)) if lines[number].startswith("    squash"))
+    return "".join([lines[0], "\n", *lines[1 : last + 1], validator, *lines[last + 1 :]]).replace(
+        "from pydantic import Field", "import pydantic\nfrom pydantic import Field"
+    )
+
+
+def test_a_validator_of_options_that_raises_is_named_with_its_plugin(install: Install, head: Path) -> None:
+    registry = install("toy", validating("ToyOptions", "KeyError('squash')"))
+
+    with pytest.raises(PluginError, match=f"^{ORIGIN}a validator of its options raised KeyError: 'squash'; report"):
+        convert_model(
+            head, verifier=VERIFIER, algorithm="toy", output_path=head.parent / "out", registry=registry, squash=True
+        )
+
+
+def test_a_validator_of_a_config_that_raises_is_a_failed_check(install: Install, head: Path) -> None:
+    out = convert(install("toy", TOY), head)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"squash": True}))
+    registry = install("toy", validating("ToyConfig", "KeyError('squash')"))
+
+    report = validate_model(out, registry=registry)
+
+    assert "a validator of ToyConfig raised KeyError: 'squash'" in str(report)
 
 
 def test_what_cannot_even_be_looked_at_is_told(install: Install, head: Path) -> None:

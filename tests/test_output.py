@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -289,6 +292,14 @@ def test_a_folder_of_something_else_is_not_overwritten(config: str | None, tmp_p
     assert (out / "model.safetensors").read_text() == "years of work"
 
 
+def test_a_folder_with_the_name_of_a_file_of_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+    existing(out / "model.safetensors", chapter_tex="years of work")
+
+    with pytest.raises(OutputError, match=r"out has model\.safetensors beside a converted model"):
+        check_replaceable(out, overwrite=True)
+
+
 def test_a_file_beside_a_converted_model_is_not_overwritten(tmp_path: Path) -> None:
     out = existing(tmp_path / "out", config_json=CONFIG, chapter_tex="years of work")
 
@@ -409,14 +420,176 @@ def test_a_hidden_folder_that_somebody_else_made_is_left_alone(tmp_path: Path) -
     assert (tmp_path / ".yours.speculators" / "notes.txt").read_text() == "years of work"
 
 
-def test_a_link_in_place_of_the_hidden_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [True, False], ids=["a link", "a file"])
+def test_what_is_no_folder_in_place_of_the_hidden_one_is_refused(linked: bool, tmp_path: Path) -> None:
     existing(tmp_path / "elsewhere", new="years of work")
-    work_folder(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    if linked:
+        work_folder(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    else:
+        work_folder(tmp_path / "out").write_text("years of work")
 
-    with pytest.raises(OutputError, match=r"\.out\.speculators is a link, where a conversion writes"):
+    with pytest.raises(OutputError, match=r"\.out\.speculators is no folder, and a conversion writes there"):
         staged(tmp_path / "out").__enter__()
 
+    assert names(tmp_path) == [".out.speculators", "elsewhere"]
     assert names(tmp_path / "elsewhere") == ["new"]
+
+
+def test_an_empty_hidden_folder_of_a_dead_run_is_removed(tmp_path: Path) -> None:
+    work_folder(tmp_path / "other").mkdir()
+
+    with staged(tmp_path / "out"):
+        pass
+
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the system's locks answer with an error."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(code: int) -> None:
+        def answer(descriptor: int, operation: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", answer)
+
+    return refuse
+
+
+SOFTLY_LOCKED = """
+import os, sys
+from filelock import SoftFileLock
+
+lock = SoftFileLock(sys.argv[1])
+lock.acquire()
+sys.stdout.write("locked")
+sys.stdout.flush()
+sys.stdin.read(1)
+os._exit(1)
+"""
+
+
+@pytest.fixture
+def soft_lock(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run, of which only the lock is there, to ``out`` on a system that has no locks; it ends with the test."""
+    work = work_folder(tmp_path / "out")
+    (work / "new").mkdir(parents=True)
+    command = [sys.executable, "-c", SOFTLY_LOCKED, str(work / "soft-lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(6) == b"locked"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("code", [0, errno.ENOSYS, errno.EOPNOTSUPP], ids=["locks", "no call", "not supported"])
+def test_a_run_without_the_system_s_locks_is_left_alone_while_it_lives(
+    code: int, soft_lock: subprocess.Popen[bytes], without_locks: Callable[[int], None], tmp_path: Path
+) -> None:
+    if code:
+        without_locks(code)
+
+    with pytest.raises(OutputError, match=r"another conversion is writing to .*out; wait for it"):
+        staged(tmp_path / "out").__enter__()
+    assert {"new", "soft-lock"} <= {*names(work_folder(tmp_path / "out"))}
+    soft_lock.kill()
+    soft_lock.wait()
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert names(tmp_path) == ["out"]
+
+
+def test_locks_that_fail_are_an_error(without_locks: Callable[[int], None], tmp_path: Path) -> None:
+    without_locks(errno.ENOLCK)
+
+    with pytest.raises(OutputError, match=r"cannot write .*out: No locks available; nothing was kept"):
+        staged(tmp_path / "out").__enter__()
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o700, 0o775], ids=oct)
+def test_an_output_keeps_the_permissions_of_the_previous_one(mode: int, tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+    out.chmod(mode)
+
+    with staged(out, overwrite=True) as folder:
+        (folder / "config.json").write_text(CONFIG)
+
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+REPLACING = """
+import sys
+from pathlib import Path
+from speculators import OutputError
+from speculators.output import staged
+
+try:
+    with staged(Path(sys.argv[1]), overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+except OutputError as error:
+    print(error)
+"""
+
+
+def without_privileges() -> None:
+    """Have root held to the permissions of files like everybody else, from the next program on."""
+    if os.geteuid() == 0:
+        for override in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, dropped by PR_CAPBSET_DROP of prctl(2)
+            assert ctypes.CDLL(None).prctl(24, override, 0, 0, 0) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a root without privileges, or none")
+def test_a_previous_output_that_may_not_be_moved_is_kept_and_may_be_replaced_later(tmp_path: Path) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+
+    def replace() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", REPLACING, str(out)],
+            preexec_fn=without_privileges,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    out.chmod(0o555)
+    refused = replace()
+    there = names(tmp_path)
+    out.chmod(0o755)
+    replaced = replace()
+
+    assert refused == f"cannot write {out}: Permission denied; nothing was kept\n"
+    assert there == ["out"]
+    assert replaced == ""
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_what_was_replaced_by_mistake_and_cannot_be_put_back_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = existing(tmp_path / "out", config_json=CONFIG)
+    real = output._exchange
+
+    def exchange(one: Path, other: Path) -> bool:
+        if (one / "chapter.tex").exists():
+            return False  # which was to put it back
+        (other / "chapter.tex").write_text("years of work")
+        return real(one, other)
+
+    monkeypatch.setattr(output, "_exchange", exchange)
+
+    for number in range(2):
+        with (
+            pytest.warns(UserWarning, match=rf"what was replaced is kept in .*kept-{number}; move it back"),
+            pytest.raises(OutputError, match=r"out has chapter\.tex beside"),
+            staged(out, overwrite=True) as folder,
+        ):
+            (folder / "config.json").write_text(CONFIG)
+
+        assert (work_folder(out) / f"kept-{number}" / "chapter.tex").read_text() == "years of work"
+    assert names(work_folder(out)) == ["kept-0", "kept-1", "lock"]
 
 
 def test_what_takes_the_place_of_a_previous_output_at_the_last_moment_is_kept(
