@@ -8,6 +8,9 @@ from typing import Any
 LARGEST = 32 << 20
 """Bytes of a config, a header or an index; the indexes of the largest models have about 26 MB."""
 
+LARGEST_TEXT = 8 << 20
+"""Bytes of one with other characters than ASCII, of which a single one makes every other take four bytes."""
+
 MOST_CONTAINERS = 250_000
 """Objects and lists in one; a header has three for each tensor, and each takes some hundred bytes of memory."""
 
@@ -23,6 +26,8 @@ def parse(data: bytes) -> dict[str, Any]:
     """
     if len(data) > LARGEST:
         raise ValueError(f"it has {len(data)} bytes, more than any config, header or index")
+    if len(data) > LARGEST_TEXT and not (data.isascii() and b"\\u" not in data):
+        raise ValueError(f"it has {len(data)} bytes and other characters than ASCII, as no large header or index")
     if data.count(b"{") + data.count(b"[") > MOST_CONTAINERS or data.count(b",") > MOST_ITEMS:
         raise ValueError("it holds more objects and lists than any config, header or index")
     try:

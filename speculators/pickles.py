@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from speculators import digests, dtypes
 from speculators.digests import Digest
-from speculators.errors import CheckpointError, reading
+from speculators.errors import CheckpointError, is_out_of_memory, reading
 from speculators.weights import Extent, TensorInfo
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def _is_archive(file: BufferedReader) -> bool:
 def _read_archive(file: BufferedReader) -> _Archive:
     try:
         archive = zipfile.ZipFile(file)
+        _require_one_meaning(file, archive)
         entries = sorted((_entry(file, each) for each in archive.infolist()), key=lambda entry: entry.start)
         _check_entries(entries, os.fstat(file.fileno()).st_size)
         pickled = _small(archive, "/data.pkl", LARGEST_PICKLE)
@@ -242,6 +243,30 @@ def _read_archive(file: BufferedReader) -> _Archive:
     except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
     return _Archive(entries, pickled, swapped)
+
+
+def _require_one_meaning(file: BufferedReader, archive: zipfile.ZipFile) -> None:
+    """Refuse an archive in whose directory torch's reader may see something else than Python's.
+
+    Python takes the directory that ends where the end record starts, torch's the one that the end record points to.
+    Both are where the record says in what torch and zip tools write (APPNOTE 4.3.14 to 4.3.16).
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - 98))
+    tail = file.read(98)
+    end, locator, wide = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if not end.startswith(b"PK\5\6") or not end.endswith(b"\0\0"):
+        raise ValueError("something follows its end record")
+    (start,) = struct.unpack("<I", end[16:20])
+    if locator.startswith(b"PK\6\7"):
+        (place,), (start,) = struct.unpack("<Q", locator[8:16]), struct.unpack("<Q", wide[48:56])
+        if place != size - 98 or not wide.startswith(b"PK\6\6"):
+            raise ValueError("its end records do not follow each other")
+    if start != archive.start_dir:
+        raise ValueError(f"its directory starts at byte {archive.start_dir}, its end record says {start}")
+    for each in archive.infolist():
+        if each.filename != each.orig_filename:
+            raise ValueError(f"it holds {each.orig_filename!r}, which it also calls {each.filename!r}")
 
 
 def _entry(file: BufferedReader, info: zipfile.ZipInfo) -> _Entry:
@@ -325,6 +350,8 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise _refusal(str(path), found[1] if found else "") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(

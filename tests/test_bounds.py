@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from checkpoints import DATA, VERIFIER
 
+from speculators.json_files import LARGEST, LARGEST_TEXT
+from speculators.pickles import LARGEST_PICKLE
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells peak memory")
 
 SECONDS = 20.0
@@ -37,18 +40,12 @@ atexit.register(tell)
 cli(sys.argv[1:])
 """
 
-SIZE = 24 << 20
-"""Bytes of the largest JSON that is parsed."""
-
-PICKLE = 4 << 20
-"""Bytes of the largest pickle that is read."""
-
 EMPTY = b"\x80\x02}."
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + b"\x80\x02M\xe9\x03." + EMPTY
 ENTRY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
 
-def repeated(start: bytes, each: bytes, end: bytes, most: int = SIZE) -> bytes:
+def repeated(start: bytes, each: bytes, end: bytes, most: int = LARGEST) -> bytes:
     """Fill a file with one thing again and again."""
     return start + each * ((most - len(start) - len(end)) // len(each)) + end
 
@@ -59,7 +56,7 @@ def counted(start: bytes, each: bytes, end: bytes, count: int) -> bytes:
 
 
 JSON: dict[str, Callable[[], bytes]] = {
-    "deep lists": lambda: b"[" * SIZE,
+    "deep lists": lambda: b"[" * LARGEST,
     "lists nested a little less": lambda: b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
     "empty objects": lambda: repeated(b'{"a":[', b"{},", b"{}]}"),
     "as many objects as may be": lambda: b'{"a":[' + b'{"a":1},' * 249_000 + b"{}]}",
@@ -67,11 +64,14 @@ JSON: dict[str, Callable[[], bytes]] = {
     "as many keys as may be": lambda: counted(b"{", b'"\\u00e9%x":1', b"}", 499_000),
     "one key again and again": lambda: b"{" + b'"a":1,' * 499_000 + b'"a":2}',
     "as many tensors as may be": lambda: counted(b"{", b'"%d":' + ENTRY, b"}", 83_000),
-    "one text": lambda: repeated(b'{"a":"', "😀".encode(), b'"}'),
-    "one text with half a character": lambda: repeated(b'{"a":"\\ud800', "😀".encode(), b'"}'),
+    "one text": lambda: repeated(b'{"a":"', b"x", b'"}'),
+    "one text of wide characters": lambda: repeated(b'{"a":"', "😀".encode(), b'"}', LARGEST_TEXT),
+    "one text with a wide character": lambda: repeated(b'{"a":"\\ud83d\\ude00', b"x", b'"}', LARGEST_TEXT),
+    "one text with half a character": lambda: repeated(b'{"a":"\\ud800', "😀".encode(), b'"}', LARGEST_TEXT),
+    "more than one text may have": lambda: repeated(b'{"a":"\\ud83d\\ude00', b"x", b'"}'),
     "one key": lambda: repeated(b'{"', b"x", b'":1}'),
     "one number": lambda: repeated(b'{"a":', b"1", b"}"),
-    "spaces": lambda: b" " * SIZE,
+    "spaces": lambda: b" " * LARGEST,
     "as many shards as may be": lambda: (
         b'{"weight_map":{' + b",".join(b'"%x":"%x.bin"' % (number, number) for number in range(499_000)) + b"}}"
     ),
@@ -125,22 +125,22 @@ PICKLES: dict[str, Callable[[], bytes]] = {
     "many entries": lambda: directory(300_000),
     "as many entries as may be": lambda: directory(60_000),
     "many entries, the last twice": lambda: directory(60_000, twice=True),
-    "empty dicts": lambda: archive(repeated(b"\x80\x02", b"}", b".", PICKLE)),
+    "empty dicts": lambda: archive(repeated(b"\x80\x02", b"}", b".", LARGEST_PICKLE)),
     "as many empty dicts as may be": lambda: archive(repeated(b"\x80\x02", b"}", b".", 999_000)),
     "empty ordered dicts": lambda: archive(
-        repeated(b"\x80\x02ccollections\nOrderedDict\nq\x00", b"h\x00)R", b".", PICKLE)
+        repeated(b"\x80\x02ccollections\nOrderedDict\nq\x00", b"h\x00)R", b".", LARGEST_PICKLE)
     ),
     "places of a memo": lambda: archive(
         b"\x80\x02}" + b"".join(b"r" + struct.pack("<I", place * 2000) for place in range(830_000)) + b"."
     ),
-    "texts": lambda: archive(repeated(b"\x80\x02](", b"X\x00\x00\x00\x00", b"e.", PICKLE)),
-    "nested tuples": lambda: archive(repeated(b"\x80\x02)", b"\x85", b".", PICKLE)),
+    "texts": lambda: archive(repeated(b"\x80\x02](", b"X\x00\x00\x00\x00", b"e.", LARGEST_PICKLE)),
+    "nested tuples": lambda: archive(repeated(b"\x80\x02)", b"\x85", b".", LARGEST_PICKLE)),
     "a large bytearray": lambda: archive(b"\x80\x02cbuiltins\nbytearray\n" + number(10**10) + b"\x85R."),
     "a bytearray that is not there": lambda: archive(b"\x80\x05\x96" + struct.pack("<Q", 10**10) + b"."),
     "a tensor of 1e12": lambda: archive(tensor(10**12, 10**12, b"K\x01")),
     "a tensor that repeats one number": lambda: archive(tensor(10**12, 0, b"K\x00")),
     "before 1.6, no end of a line": lambda: LEGACY + b"c" + bytes(40 << 20),
-    "before 1.6, empty dicts": lambda: LEGACY + repeated(b"\x80\x02", b"}", b".", PICKLE),
+    "before 1.6, empty dicts": lambda: LEGACY + repeated(b"\x80\x02", b"}", b".", LARGEST_PICKLE),
     "before 1.6, a tensor of 1e12": lambda: (
         LEGACY + tensor(10**12, 10**12, b"K\x01") + b"\x80\x02]X\x01\x00\x00\x000a."
     ),

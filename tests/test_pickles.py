@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
+import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +324,95 @@ def test_bytes_behind_the_last_element_are_nobodys(tmp_path: Path) -> None:
     file = PickleFile(tmp_path / "x.bin")
 
     assert content(file, "a") == bytes(range(8))
+
+
+def directories(one: bytes, other: bytes) -> bytes:
+    """Join two archives of the same names into one, whose end record points to the first directory but follows both."""
+    parts = []
+    for data in (one, other):
+        end = data.rindex(b"PK\5\6")
+        size, start = struct.unpack("<II", data[end + 12 : end + 20])
+        parts.append((data[:start], bytearray(data[start : start + size])))
+    (first, directory), (second, hidden) = parts
+    place = 0
+    while place < len(hidden):
+        name, extra, comment = struct.unpack("<HHH", hidden[place + 28 : place + 34])
+        (offset,) = struct.unpack("<I", hidden[place + 42 : place + 46])
+        # Python takes all offsets to be wrong by as much as the directory is.
+        hidden[place + 42 : place + 46] = struct.pack("<I", offset + len(first) - len(directory))
+        place += 46 + name + extra + comment
+    entries = struct.unpack("<H", one[one.rindex(b"PK\5\6") + 10 :][:2])[0]
+    size = len(directory)
+    record = struct.pack("<HHHHIIH", 0, 0, entries, entries, size, len(first) + len(second), 0)
+    return first + second + bytes(directory) + bytes(hidden) + b"PK\5\6" + record
+
+
+def packed(tensors: dict[str, torch.Tensor], path: Path) -> bytes:
+    """Return an archive as zip tools write it."""
+    torch.save(tensors, path)
+    file = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(file, "w") as anew:
+        for entry in archive.infolist():
+            anew.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))
+    return file.getvalue()
+
+
+def test_an_archive_in_which_torch_would_see_something_else_is_refused(tmp_path: Path) -> None:
+    seen, screened = (packed({name: torch.ones(2)}, tmp_path / "x.bin") for name in ("a", "b"))
+    (tmp_path / "x.bin").write_bytes(directories(seen, screened))
+
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        assert b"b" in archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    assert list(torch.load(tmp_path / "x.bin", weights_only=True)) == ["a"]
+    with pytest.raises(CheckpointError, match=r"its directory starts at byte \d+, its end record says \d+"):
+        PickleFile(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        pytest.param(lambda data: data + b"more", "something follows its end record", id="bytes at the end"),
+        pytest.param(
+            lambda data: data[:-34] + struct.pack("<Q", 0) + data[-26:],
+            "its end records do not follow each other",
+            id="another record of a large archive",
+        ),
+    ],
+)
+def test_an_archive_that_ends_in_another_way_is_refused(
+    wrong: Callable[[bytes], bytes], found: str, tmp_path: Path
+) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.bin")
+    (tmp_path / "x.bin").write_bytes(wrong((tmp_path / "x.bin").read_bytes()))
+
+    with pytest.raises(CheckpointError, match=rf"x\.bin is damaged or no PyTorch file: {found}"):
+        PickleFile(tmp_path / "x.bin")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from speculators.pickles import PickleFile
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20),) * 2)
+try:
+    PickleFile(Path(sys.argv[1]))
+except RuntimeError as error:
+    assert "Cannot allocate memory" in str(error), error
+    print("out of memory")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone holds a process to its addresses")
+def test_a_lack_of_memory_is_not_taken_for_damage(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(100 << 20, dtype=torch.uint8)}, tmp_path / "x.bin")
+
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.bin")]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert (found.stdout, found.stderr) == ("out of memory\n", "")
 
 
 def test_a_comparison_that_nobody_waits_for_ends_early(tmp_path: Path) -> None:
