@@ -38,17 +38,19 @@ class Format:
         read: Opens one.
         digest: Reads one for its digest, and compares it with the checksums that it holds.
         checked: Tells whether one holds any.
+        executable: Whether other libraries may do what one asks for, which opening one here refuses.
     """
 
     stem: str
     read: Callable[[Path], WeightFile]
     digest: Callable[[Path, Event], Digest]
     checked: Callable[[Path], bool]
+    executable: bool
 
 
 FORMATS: Mapping[str, Format] = {
-    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False),
-    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive),
+    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, executable=False),
+    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive, executable=True),
 }
 """Suffix of a weight file → its format; in order of preference."""
 
@@ -59,7 +61,7 @@ INDEX = ".index.json"
 MOST_SHARDS = 10_000
 """Files that an index may name; the largest models have some hundred."""
 
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COMPANIONS = (".json", ".model", ".jinja", ".tiktoken", "vocab.txt", "merges.txt", "dict.txt")
 """Endings of files beside the weights that transformers may read."""
 
 FOREIGN = "adapter_"
@@ -239,12 +241,17 @@ class Checkpoint:
 
         Args:
             weights: Whether the weights are among them, or just config and tokenizer.
+
+        Raises:
+            CheckpointError: A file cannot be had, or asks for what nobody should do.
         """
-        names = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
-        names = {name for name in names if not name.startswith(FOREIGN)}
-        names |= {name for name in ("config.json", *NAMED_COMPANIONS) if self.place.has(name)}
-        if weights:
-            names |= set(self._located) | {indexed[0] for indexed in self._located.values() if indexed}
+        listed = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
+        named = {name for name in listed if not name.startswith(FOREIGN)} | {"config.json", *NAMED_COMPANIONS}
+        names = {name for name in named if self.place.has(name)}
+        for name, indexed in self._located.items() if weights else ():
+            names |= {name, *(indexed or ())[:1]}
+            if FORMATS[Path(name).suffix].executable:
+                self._file(name)
         with self.place.gathered(sorted(names)) as folder:
             yield folder
 

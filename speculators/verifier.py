@@ -96,7 +96,11 @@ class Verifier:
         try:
             with quiet_transformers(), self.weights.gathered() as folder:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype="auto", trust_remote_code=False, weights_only=True
+                    folder,
+                    dtype="auto",
+                    trust_remote_code=False,
+                    weights_only=True,
+                    **_attention(self.checkpoint.config),
                 )
             model: PreTrainedModel = loaded.to(device).eval()
             return model
@@ -164,17 +168,36 @@ def quiet_transformers() -> Iterator[None]:
             remarks.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _code_of_others(config: Mapping[str, Any], depth: int = 0) -> str:
+def _code_of_others(config: Mapping[str, Any]) -> str:
     """Return what a config would have transformers load from elsewhere; nothing where it does not."""
-    if depth > DEEPEST:
-        return f"nothing that can be found, as it is nested more than {DEEPEST} deep"
-    for key, value in config.items():
-        inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Mapping)]
-        if found := next(filter(None, (_code_of_others(each, depth + 1) for each in inner)), ""):
-            return found
+    for key, value in _entries(config):
         if key == "transformers_weights" or ("_implementation" in key and "/" in str(value)):
             return f"{key} {value!r}"
     return ""
+
+
+def _attention(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what keeps transformers from the attention that a config asks for, and from fetching code for it.
+
+    Where flash attention is asked for and not installed, transformers takes it from the Hub, if it can.
+    """
+    asked = [value for key, value in _entries(config) if "attn_implementation" in key and value is not None]
+    return {"attn_implementation": "eager"} if any(value not in ("eager", "sdpa") for value in asked) else {}
+
+
+def _entries(block: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield every key of a config and its value, also those of the blocks in it.
+
+    Raises:
+        CheckpointError: It is nested so deep that something could hide there.
+    """
+    if depth > DEEPEST:
+        raise CheckpointError(f"the verifier's config is nested more than {DEEPEST} deep")
+    for key, value in block.items() if isinstance(block, Mapping) else ():
+        yield key, value
+        yield from _entries(value, depth + 1)
+    for each in block if isinstance(block, list) else ():
+        yield from _entries(each, depth + 1)
 
 
 def text_config(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 from checkpoints import DATA, VERIFIER, contents
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from reliability import FAULTS, INPUTS, Input, Payload, Workplace
 
 from speculators import convert_model
@@ -94,6 +96,11 @@ Path("executed").mkdir()
             "the config of the verifier base asks for code from elsewhere: attn_implementation 'somebody/kernel'",
             id="a kernel from a repository",
         ),
+        pytest.param(
+            {"layers": [[{"experts_implementation": "somebody/kernel"}]]},
+            "the config of the verifier base asks for code from elsewhere: experts_implementation 'somebody/kernel'",
+            id="a kernel in a list of lists",
+        ),
     ],
 )
 def test_code_that_a_verifier_names_is_not_run(config: dict[str, object], message: str, place: Workplace) -> None:
@@ -122,14 +129,81 @@ def test_code_that_a_verifier_names_is_not_run(config: dict[str, object], messag
     assert not (place.folder / "executed").exists()
 
 
+def accept(verifier: str) -> Result:
+    """Convert with the level that runs the verifier."""
+    return CliRunner().invoke(
+        cli, ["convert", "head", "--verifier", verifier, "--output-path", "new", "--validate-level", "acceptance"]
+    )
+
+
+def test_attention_that_would_be_fetched_is_not_used(place: Workplace) -> None:
+    place.config("base", attn_implementation="flash_attention_2")
+
+    assert accept("base").exit_code == 0
+
+
+def test_what_lies_beside_a_verifier_and_is_none_of_it_is_left_alone(place: Workplace) -> None:
+    (place.folder / "base" / "notes.json").mkdir()
+    (place.folder / "base" / "other.model").symlink_to("nowhere")
+    (place.folder / "LICENSE.txt").write_text("years of work")
+    (place.folder / "base" / "LICENSE.txt").symlink_to(place.folder / "LICENSE.txt")
+
+    assert accept("base").exit_code == 0
+
+
+def test_a_tokenizer_s_config_names_no_file_elsewhere(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers before 5.18 opened what it names; what it is given is looked at here."""
+    import transformers
+
+    given = []
+
+    def load(folder: Path, **more: object) -> None:
+        given.append(json.loads((folder / "tokenizer_config.json").read_text()))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    text = '{"vocab_file": "/etc/passwd", "merges_file": "../x", "tokenizer_file": null, "model_max_length": 5}'
+    place.text("base/tokenizer_config.json", text)
+
+    assert "transformers cannot load the tokenizer of base: seen" in accept("base").output
+    assert given == [{"model_max_length": 5}]
+    assert (place.folder / "base" / "tokenizer_config.json").read_text() == text
+
+
+def test_a_pickled_shard_of_a_verifier_is_screened_before_transformers_reads_it(place: Workplace) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = place.folder / "base"
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(tensors, base / "pytorch_model-00001-of-00002.bin")
+    torch.save({"extra": Payload()}, base / "pytorch_model-00002-of-00002.bin")
+    weight_map = dict.fromkeys(tensors, "pytorch_model-00001-of-00002.bin")
+    index = {"metadata": {}, "weight_map": weight_map | {"extra": "pytorch_model-00002-of-00002.bin"}}
+    place.text("base/pytorch_model.bin.index.json", json.dumps(index))
+
+    result = accept("base")
+
+    assert result.exit_code == 3
+    assert "pytorch_model-00002-of-00002.bin is refused, its pickle asks for posix.mkdir" in result.output
+    assert not (place.folder / "executed").exists()
+
+
+def test_no_room_for_temporary_files_is_said(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(place.folder / "none"))
+
+    result = accept("base")
+
+    assert result.exit_code == 5
+    assert "no temporary folder can be made: No such file or directory" in result.output
+
+
 def test_a_tokenizer_that_brings_code_is_not_run(place: Workplace) -> None:
     place.text("base/evil.py", EVIL)
     place.text("base/tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
 
-    result = CliRunner().invoke(
-        cli,
-        ["convert", "head", "--verifier", "base", "--output-path", "new", "--validate-level", "acceptance"],
-    )
+    result = accept("base")
 
     assert result.exit_code == 3, result.output
     assert "transformers cannot load the tokenizer of base" in result.output

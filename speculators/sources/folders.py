@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as cache_calls
 from functools import cached_property
@@ -85,15 +85,21 @@ class Folder(ABC):
 
     @contextmanager
     def gathered(self, names: Collection[str]) -> Iterator[Path]:
-        """Bring files together in a folder of links, for a library that reads whole folders; it goes with the block."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name in names:
-                place, kept = Path(folder) / name, self.path(name).absolute()
-                try:
-                    place.symlink_to(kept)
-                except OSError:  # not every system lets everyone make links
-                    shutil.copyfile(kept, place)
-            yield Path(folder)
+        """Bring files together in a folder of links, for a library that reads whole folders; it goes with the block.
+
+        Raises:
+            CheckpointError: A file cannot be had.
+            UnavailableError: There is no room for temporary files.
+        """
+        kept = {name: self.path(name).absolute() for name in names}
+        with ExitStack() as stack:
+            try:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="speculators-")))
+                for name, path in kept.items():
+                    _link(folder / name, path)
+            except OSError as error:
+                raise UnavailableError(f"no temporary folder can be made: {error.strerror or error}") from error
+            yield folder
 
     @property
     @abstractmethod
@@ -121,6 +127,13 @@ class Folder(ABC):
     @abstractmethod
     def identity(self) -> Mapping[str, object]:
         """What the output's provenance says about it: the same for the same content."""
+
+
+def _link(place: Path, path: Path) -> None:
+    try:
+        place.symlink_to(path)
+    except OSError:  # not every system lets everyone make links
+        shutil.copyfile(path, place)
 
 
 class LocalFolder(Folder):
