@@ -183,10 +183,10 @@ def test_a_validator_of_options_that_raises_is_named_with_its_plugin(install: In
 
 
 def test_a_validator_of_a_config_that_raises_is_a_failed_check(install: Install, head: Path) -> None:
-    out = convert(install("toy", TOY), head)
+    registry = install("toy", validating("ToyConfig", "KeyError('squash')"))
+    out = convert(registry, head)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"squash": True}))
-    registry = install("toy", validating("ToyConfig", "KeyError('squash')"))
 
     report = validate_model(out, registry=registry)
 
