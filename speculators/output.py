@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speculators import locks
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import OutputError
 
@@ -40,9 +41,8 @@ OWN_FILES = re.compile(
 WORK_SUFFIX = ".speculators"
 """What the name of the hidden folder beside an output ends in."""
 
-LOCK, SOFT_LOCK, NEW, OLD = "lock", "soft-lock", "new", "old"
-"""What lies in it: the lock of the run that it belongs to, by the system or, where that has none, by a file that is
-there; the output as it grows; and the one that it replaces."""
+NEW, OLD = "new", "old"
+"""What lies in it, beside a lock: the output as it grows, and the one that it replaces."""
 
 KEPT = "kept"
 """What names begin with of what was replaced by mistake and could not be put back; only its owner removes it."""
@@ -58,9 +58,6 @@ EXCHANGE, HERE = 2, -100
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 """What filesystems answer that cannot sync the names in a folder, and folders that may be written but not read."""
-
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What filesystems without locks answer. ENOLCK is none of it, as it may be over the next moment."""
 
 WINDOWS = os.name == "nt"
 
@@ -177,6 +174,8 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
             with writing(path):
                 check_replaceable(path, overwrite)
                 (work / NEW).mkdir()
+                if path.exists():  # as private as before, but a folder must be writable to be moved
+                    (work / NEW).chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IRWXU)
             yield work / NEW
             with writing(path):
                 for parent in created:
@@ -216,51 +215,24 @@ def _workplace(path: Path) -> Iterator[Path]:
 
 
 def _hold(work: Path, path: Path) -> BaseFileLock:
-    """Make a hidden folder, if it is not there, and take its lock."""
-    from filelock import FileLock, SoftFileLock, Timeout
-
-    lock: BaseFileLock = FileLock(work / LOCK, timeout=PATIENCE, fallback_to_soft=False)
+    """Make a hidden folder, if it is not there, and have it for this run alone."""
     for _ in range(ATTEMPTS):
         if work.is_symlink() or (work.exists() and not work.is_dir()):
             raise OutputError(f"{work} is no folder, and a conversion writes there what is not complete; remove it")
         try:
             work.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            if (work / SOFT_LOCK).exists() and not isinstance(lock, SoftFileLock):
-                _end_soft_lock(work, lock)
-            return lock
+            return locks.take(work, PATIENCE)
         except (FileNotFoundError, FileExistsError):  # another run was about to remove it
             time.sleep(PATIENCE / ATTEMPTS)
-        except Timeout:
-            break
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                _remove_if_empty(work)
-                raise
-            lock = SoftFileLock(work / SOFT_LOCK, timeout=PATIENCE)
+        except locks.HeldError as held:
+            raise OutputError(
+                f"another conversion is writing to {path}; wait for it or choose another --output-path "
+                f"(if there is none, remove {held.file})"
+            ) from held
         except BaseException:
             _remove_if_empty(work)
             raise
-    raise OutputError(
-        f"another conversion is writing to {path}; wait for it or choose another --output-path (if there is none, "
-        f"remove {work / SOFT_LOCK})"
-    )
-
-
-def _end_soft_lock(work: Path, lock: BaseFileLock) -> None:
-    """Remove the soft lock of a dead run, which another machine left where it could not lock as this one can.
-
-    Raises:
-        Timeout: The run lives, or cannot be asked.
-    """
-    from filelock import SoftFileLock
-
-    try:
-        with SoftFileLock(work / SOFT_LOCK, timeout=PATIENCE):
-            pass
-    except BaseException:
-        lock.release()
-        raise
+    raise OutputError(f"other conversions to {path} come and go; try again, or choose another --output-path")
 
 
 def _settle(work: Path, path: Path) -> None:
@@ -287,22 +259,16 @@ def _settle(work: Path, path: Path) -> None:
 
 def _clean_others(work: Path) -> None:
     """Remove what dead runs to other outputs beside this one left, but never a previous output."""
-    from filelock import FileLock, Timeout
-
     for other in work.parent.glob(f".*{WORK_SUFFIX}"):
-        with suppress(OSError, Timeout):
-            if other == work or other.is_symlink():
-                continue
-            if not (other / LOCK).exists():
-                other.rmdir()  # a run that died at once left it empty; one that has just made it makes it again
-            else:
-                lock = FileLock(other / LOCK, timeout=0, fallback_to_soft=False)
-                lock.acquire()
-                if {entry.name for entry in other.iterdir()} <= {LOCK, NEW}:
+        with suppress(OSError, locks.HeldError):
+            found = set() if other == work or other.is_symlink() else {entry.name for entry in other.iterdir()}
+            if found and found <= {NEW, *locks.FILES}:
+                lock = locks.take(other, 0)
+                if {entry.name for entry in other.iterdir()} <= {NEW, *locks.FILES}:
                     shutil.rmtree(other / NEW, ignore_errors=True)
-                    _remove(other, lock)
-                else:
-                    lock.release()
+                locks.remove(other, lock)
+            elif not found and other != work:
+                other.rmdir()  # a run that died at once left it; one that has just made it makes it again
 
 
 def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:
@@ -315,25 +281,11 @@ def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:
             _settle(work, path)
         raise
     finally:
-        _remove(work, lock)
+        locks.remove(work, lock)
         if (work / OLD).exists():
             warnings.warn(
                 f"the previous output is in {work / OLD}; the next conversion to {path} puts it back", stacklevel=2
             )
-
-
-def _remove(work: Path, lock: BaseFileLock) -> None:
-    """Remove a hidden folder that holds nothing but its lock, and then give that up."""
-    from filelock import SoftFileLock
-
-    if WINDOWS or isinstance(lock, SoftFileLock):
-        lock.release()  # an open file cannot be removed there, and a soft lock is a file that it removes
-    with suppress(OSError):
-        if {entry.name for entry in work.iterdir()} <= {LOCK}:
-            (work / LOCK).unlink(missing_ok=True)
-            work.rmdir()
-    with suppress(OSError):
-        lock.release()
 
 
 def _is_filled(path: Path) -> bool:
@@ -356,9 +308,7 @@ def _publish(work: Path, path: Path, overwrite: bool) -> None:
         _sync(file)
     _sync_names(new)
     check_replaceable(path, overwrite)
-    mode = stat.S_IMODE(path.stat().st_mode) if _is_filled(path) else None
-    if mode is not None:
-        new.chmod(mode | stat.S_IRWXU)  # as private as before, but a folder must be writable to be moved
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     undo = _put(work, path)
     try:
         if mode is not None:
