@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from speculators import digests, dtypes, json_files, pickles, weights
+from speculators import companions, digests, dtypes, json_files, pickles, weights
+from speculators.companions import FOREIGN, INDEX
 from speculators.digests import Digest
 from speculators.errors import CheckpointError, reading
 from speculators.pickles import PickleFile
@@ -38,44 +39,25 @@ class Format:
         read: Opens one.
         digest: Reads one for its digest, and compares it with the checksums that it holds.
         checked: Tells whether one holds any.
-        executable: Whether other libraries may do what one asks for, which opening one here refuses.
+        screen: Refuses one that no other library should load.
     """
 
     stem: str
     read: Callable[[Path], WeightFile]
     digest: Callable[[Path, Event], Digest]
     checked: Callable[[Path], bool]
-    executable: bool
+    screen: Callable[[Path], None]
 
 
 FORMATS: Mapping[str, Format] = {
-    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, executable=False),
-    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive, executable=True),
+    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, lambda path: None),
+    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive, pickles.screen),
 }
 """Suffix of a weight file → its format; in order of preference."""
 
 
-INDEX = ".index.json"
-"""What the name of a sharded checkpoint's index ends in, after that of the whole."""
-
 MOST_SHARDS = 10_000
 """Files that an index may name; the largest models have some hundred."""
-
-COMPANIONS = (".json", ".model", ".jinja", ".tiktoken", "vocab.txt", "merges.txt", "dict.txt")
-"""Endings of files beside the weights that transformers may read."""
-
-FOREIGN = "adapter_"
-"""What the names of files begin with that belong to another model, which they name."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
-"""Any of these beside a verifier's config means that it has a tokenizer."""
-
-NAMED_COMPANIONS = (
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
-)
-"""Names of the commonest, for servers that do not list their files."""
 
 Indexed = tuple[str, set[str]]
 """Name of an index, and the tensors that it says a file holds."""
@@ -230,10 +212,13 @@ class Checkpoint:
             CheckpointError: There are none, or they cannot be had.
         """
         for name, indexed in self._located.items():
-            try:
-                self.place.path(name)
-            except FileNotFoundError as error:
-                raise self._lacks(name, indexed) from error
+            self._whole(name, indexed)
+
+    def _whole(self, name: str, indexed: Indexed | None) -> Path:
+        try:
+            return self.place.path(name)
+        except FileNotFoundError as error:
+            raise self._lacks(name, indexed) from error
 
     @contextmanager
     def gathered(self, weights: bool = True) -> Iterator[Path]:
@@ -245,14 +230,12 @@ class Checkpoint:
         Raises:
             CheckpointError: A file cannot be had, or asks for what nobody should do.
         """
-        listed = {name for name in self.place.listing() if name.endswith(COMPANIONS) and not name.endswith(INDEX)}
-        named = {name for name in listed if not name.startswith(FOREIGN)} | {"config.json", *NAMED_COMPANIONS}
-        names = {name for name in named if self.place.has(name)}
+        names = companions.choose(self.place.listing(), self.place.has)
         for name, indexed in self._located.items() if weights else ():
             names |= {name, *(indexed or ())[:1]}
-            if FORMATS[Path(name).suffix].executable:
-                self._file(name)
+            FORMATS[Path(name).suffix].screen(self._whole(name, indexed))
         with self.place.gathered(sorted(names)) as folder:
+            companions.clean(folder)
             yield folder
 
     @cached_property

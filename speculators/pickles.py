@@ -65,11 +65,8 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with reading(path):
-            self._file = _Bounded(FileIO(path))
-            self.size = os.fstat(self._file.fileno()).st_size
-            archive = _read_archive(self._file) if _is_archive(self._file) else None
-            _screen(self._file, archive)
+        self._file, archive = _open(path)
+        self.size = os.fstat(self._file.fileno()).st_size
         mapped = archive is not None and archive.mappable
         if not mapped:
             kind = "in PyTorch's format of before 1.6" if archive is None else "compressed"
@@ -226,6 +223,23 @@ class _Archive:
         return 0 <= self.storages.get(start, -1) - size < max(dtypes.SIZES.values())
 
 
+def screen(path: Path) -> None:
+    """Refuse a file that no library should load, without loading it.
+
+    Raises:
+        CheckpointError: It asks for something else than tensors, or is no PyTorch file.
+    """
+    _open(path)[0].close()
+
+
+def _open(path: Path) -> tuple[BufferedReader, _Archive | None]:
+    with reading(path):
+        file = _Bounded(FileIO(path))
+        archive = _read_archive(file) if _is_archive(file) else None
+        _screen(file, archive)
+    return file, archive
+
+
 def _is_archive(file: BufferedReader) -> bool:
     return file.read(4) == b"PK\x03\x04"
 
@@ -238,10 +252,12 @@ def _read_archive(file: BufferedReader) -> _Archive:
         _check_entries(entries, os.fstat(file.fileno()).st_size)
         pickled = _small(archive, "/data.pkl", LARGEST_PICKLE)
         swapped = _small(archive, "/byteorder", 16) == b"big"
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged archive fails in many ways
-        raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
+        raise CheckpointError(
+            f"{file.name} is damaged or no PyTorch file: {error}. Download it again, or have torch save it anew."
+        ) from error
     return _Archive(entries, pickled, swapped)
 
 
@@ -317,14 +333,18 @@ def _screen(file: BufferedReader, archive: _Archive | None) -> None:
     """
     content: BufferedReader | BytesIO = file if archive is None else BytesIO(archive.pickled)
     content.seek(0)
+    most = LARGEST_EXPANSION * os.fstat(file.fileno()).st_size
     try:
-        for _ in range(PICKLES if archive is None else 1):
+        for pickled in range(PICKLES if archive is None else 1):
             start = content.tell()
             for number, (operation, argument, position) in enumerate(pickletools.genops(content)):
                 if number > MOST_OPERATIONS or (position is not None and position - start > LARGEST_PICKLE):
                     raise ValueError(f"a pickle of more than {LARGEST_PICKLE} bytes or {MOST_OPERATIONS} steps")
                 if operation.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(str(argument)):
                     raise _refusal(str(file.name), str(argument).replace(" ", "."))
+                # torch makes room for as many elements as an old file says; its first pickle is a magic number.
+                if archive is None and pickled and isinstance(argument, int) and argument > most:
+                    raise ValueError(f"it says {argument}, more elements than there can be")
     except (ValueError, UnicodeError) as error:
         raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
 
@@ -351,7 +371,7 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
         raise _refusal(str(path), found[1] if found else "") from error
     except Exception as error:
         if is_out_of_memory(error):
-            raise
+            raise MemoryError(str(error)) from error
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(

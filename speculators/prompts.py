@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint import read_json
 from speculators.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -119,20 +118,11 @@ def _tokenizer(verifier: Verifier) -> Any:
 
     try:
         with verifier.checkpoint.gathered(weights=False) as folder:
-            _name_no_files(folder / "tokenizer_config.json", f"tokenizer_config.json of {verifier.name}")
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # what goes wrong depends on the tokenizer's library
         raise CheckpointError(f"transformers cannot load the tokenizer of {verifier.name}: {error}") from error
-
-
-def _name_no_files(config: Path, name: str) -> None:
-    """Leave out what names other files than those in its folder, which transformers read before 5.18."""
-    if config.exists():
-        said = read_json(config, name)
-        config.unlink()  # a link to the real one
-        config.write_text(json.dumps({key: value for key, value in said.items() if not key.endswith("_file")}))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

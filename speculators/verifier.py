@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint import TOKENIZER_FILES, Checkpoint
+from speculators.checkpoint import Checkpoint
+from speculators.companions import TOKENIZER_FILES
 from speculators.config import LARGEST_SIZE
 from speculators.errors import CheckpointError, is_out_of_memory
 from speculators.sources import Access
@@ -91,16 +92,10 @@ class Verifier:
 
         if self.weights is None:
             raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
-        if foreign := _code_of_others(self.checkpoint.config):
-            raise CheckpointError(f"the config of the verifier {self.name} asks for code from elsewhere: {foreign}")
         try:
             with quiet_transformers(), self.weights.gathered() as folder:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype="auto",
-                    trust_remote_code=False,
-                    weights_only=True,
-                    **_attention(self.checkpoint.config),
+                    folder, dtype="auto", trust_remote_code=False, weights_only=True
                 )
             model: PreTrainedModel = loaded.to(device).eval()
             return model
@@ -166,38 +161,6 @@ def quiet_transformers() -> Iterator[None]:
         remarks.set_verbosity(before)
         if bars:
             remarks.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _code_of_others(config: Mapping[str, Any]) -> str:
-    """Return what a config would have transformers load from elsewhere; nothing where it does not."""
-    for key, value in _entries(config):
-        if key == "transformers_weights" or ("_implementation" in key and "/" in str(value)):
-            return f"{key} {value!r}"
-    return ""
-
-
-def _attention(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what keeps transformers from the attention that a config asks for, and from fetching code for it.
-
-    Where flash attention is asked for and not installed, transformers takes it from the Hub, if it can.
-    """
-    asked = [value for key, value in _entries(config) if "attn_implementation" in key and value is not None]
-    return {"attn_implementation": "eager"} if any(value not in ("eager", "sdpa") for value in asked) else {}
-
-
-def _entries(block: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield every key of a config and its value, also those of the blocks in it.
-
-    Raises:
-        CheckpointError: It is nested so deep that something could hide there.
-    """
-    if depth > DEEPEST:
-        raise CheckpointError(f"the verifier's config is nested more than {DEEPEST} deep")
-    for key, value in block.items() if isinstance(block, Mapping) else ():
-        yield key, value
-        yield from _entries(value, depth + 1)
-    for each in block if isinstance(block, list) else ():
-        yield from _entries(each, depth + 1)
 
 
 def text_config(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:

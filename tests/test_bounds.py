@@ -105,12 +105,13 @@ def number(value: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
-def tensor(elements: int, stored: int, stride: bytes) -> bytes:
-    """Pickle a tensor of any size over any storage."""
+def tensor(elements: int, stored: int, stride: bytes, view: bytes = b"") -> bytes:
+    """Pickle a tensor of any size over any storage, of which older files say what it is a view of."""
     return (
         b"\x80\x02}(X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
         b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
         + number(stored)
+        + view
         + b"tQK\x00("
         + number(elements)
         + b"t("
@@ -142,7 +143,7 @@ PICKLES: dict[str, Callable[[], bytes]] = {
     "before 1.6, no end of a line": lambda: LEGACY + b"c" + bytes(40 << 20),
     "before 1.6, empty dicts": lambda: LEGACY + repeated(b"\x80\x02", b"}", b".", LARGEST_PICKLE),
     "before 1.6, a tensor of 1e12": lambda: (
-        LEGACY + tensor(10**12, 10**12, b"K\x01") + b"\x80\x02]X\x01\x00\x00\x000a."
+        LEGACY + tensor(10**12, 10**12, b"K\x01", b"N") + b"\x80\x02]X\x01\x00\x00\x000a."
     ),
 }
 

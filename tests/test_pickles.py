@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import VERIFIER
 
 from speculators import CheckpointError
 from speculators.pickles import PickleFile, digest
@@ -392,27 +393,26 @@ def test_an_archive_that_ends_in_another_way_is_refused(
 LIMITED = """
 import resource, sys
 from pathlib import Path
-import torch
-from speculators.pickles import PickleFile
+import numpy, torch
+from speculators.cli import cli
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20),) * 2)
-try:
-    PickleFile(Path(sys.argv[1]))
-except RuntimeError as error:
-    assert "Cannot allocate memory" in str(error), error
-    print("out of memory")
+resource.setrlimit(resource.RLIMIT_AS, (used + (80 << 20),) * 2)
+cli(sys.argv[1:])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone holds a process to its addresses")
-def test_a_lack_of_memory_is_not_taken_for_damage(tmp_path: Path) -> None:
-    torch.save({"a": torch.zeros(100 << 20, dtype=torch.uint8)}, tmp_path / "x.bin")
+def test_a_lack_of_memory_is_not_taken_for_damage_or_a_plugin_s_fault(tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "config.json").write_text("{}")
+    torch.save({"a": torch.zeros(100 << 20, dtype=torch.uint8)}, tmp_path / "head" / "pytorch_model.bin")
+    command = ["convert", str(tmp_path / "head"), "--verifier", str(VERIFIER), "--output-path", str(tmp_path / "out")]
 
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.bin")]
-    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", LIMITED, *command], check=False, capture_output=True, text=True)
 
-    assert (found.stdout, found.stderr) == ("out of memory\n", "")
+    assert found.returncode == 5, found.stderr
+    assert "out of memory" in found.stderr
 
 
 def test_a_comparison_that_nobody_waits_for_ends_early(tmp_path: Path) -> None:

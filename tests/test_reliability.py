@@ -6,13 +6,14 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import DATA, VERIFIER, contents
 from click.testing import CliRunner, Result
 from reliability import FAULTS, INPUTS, Input, Payload, Workplace
 
-from speculators import convert_model
+from speculators import Verifier, convert_model, prompts
 from speculators.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -83,28 +84,9 @@ Path("executed").mkdir()
 """
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        pytest.param(
-            {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}},
-            "transformers cannot load the verifier base",
-            id="a model of its own",
-        ),
-        pytest.param(
-            {"attn_implementation": "somebody/kernel"},
-            "the config of the verifier base asks for code from elsewhere: attn_implementation 'somebody/kernel'",
-            id="a kernel from a repository",
-        ),
-        pytest.param(
-            {"layers": [[{"experts_implementation": "somebody/kernel"}]]},
-            "the config of the verifier base asks for code from elsewhere: experts_implementation 'somebody/kernel'",
-            id="a kernel in a list of lists",
-        ),
-    ],
-)
-def test_code_that_a_verifier_names_is_not_run(config: dict[str, object], message: str, place: Workplace) -> None:
-    place.config("base", **config)
+def test_code_that_a_verifier_names_is_not_run(place: Workplace) -> None:
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    place.config("base", model_type="evil", auto_map=classes)
     place.text("base/evil.py", EVIL)
     before = everything(place.folder)
 
@@ -124,7 +106,7 @@ def test_code_that_a_verifier_names_is_not_run(config: dict[str, object], messag
     )
 
     assert result.exit_code == 3, result.output
-    assert message in result.output
+    assert "transformers cannot load the verifier base" in result.output
     assert everything(place.folder) == before
     assert not (place.folder / "executed").exists()
 
@@ -136,8 +118,20 @@ def accept(verifier: str) -> Result:
     )
 
 
-def test_attention_that_would_be_fetched_is_not_used(place: Workplace) -> None:
-    place.config("base", attn_implementation="flash_attention_2")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": {"": "flash_attention_2"}},
+        {"_attn_implementation_internal": "flash_attention_3", "_attn_implementation_autoset": True},
+        {"experts_implementation": "deepgemm"},
+        {"transformers_weights": "../elsewhere.safetensors"},
+        {"layers": [[{"attn_implementation": "somebody/kernel"}]]},
+    ],
+    ids=str,
+)
+def test_code_and_weights_that_a_verifier_would_fetch_are_not_used(config: dict[str, Any], place: Workplace) -> None:
+    place.config("base", **config)
 
     assert accept("base").exit_code == 0
 
@@ -151,23 +145,43 @@ def test_what_lies_beside_a_verifier_and_is_none_of_it_is_left_alone(place: Work
     assert accept("base").exit_code == 0
 
 
-def test_a_tokenizer_s_config_names_no_file_elsewhere(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers before 5.18 opened what it names; what it is given is looked at here."""
-    import transformers
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "own"]
 
-    given = []
 
-    def load(folder: Path, **more: object) -> None:
-        given.append(json.loads((folder / "tokenizer_config.json").read_text()))
-        raise ValueError("seen")
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["vocab_file", "vocab", "tokenizer_file", "init_inputs", "merges_file"])
+def test_a_tokenizer_reads_nothing_elsewhere(file: str, key: str, place: Workplace) -> None:
+    secret = place.folder / "secret.txt"
+    secret.write_text("\n".join([*VOCABULARY, "secret"]))
+    place.text("base/vocab.txt", "\n".join(VOCABULARY))
+    (place.folder / "base" / "tokenizer.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        named = {key: [str(secret)] if key == "init_inputs" else str(secret)} if name == file else {}
+        place.text(f"base/{name}", json.dumps({"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]"} | named))
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
-    text = '{"vocab_file": "/etc/passwd", "merges_file": "../x", "tokenizer_file": null, "model_max_length": 5}'
-    place.text("base/tokenizer_config.json", text)
+    tokenizer = prompts._tokenizer(Verifier(place.folder / "base"))
 
-    assert "transformers cannot load the tokenizer of base: seen" in accept("base").output
-    assert given == [{"model_max_length": 5}]
-    assert (place.folder / "base" / "tokenizer_config.json").read_text() == text
+    assert sorted(tokenizer.get_vocab()) == sorted(VOCABULARY)
+
+
+def test_a_tokenizer_s_settings_are_kept(place: Workplace) -> None:
+    settings = {
+        "tokenizer_class": "BertTokenizer",
+        "chat_template": "{{ messages }}",
+        "model_max_length": 77,
+        "padding_side": "left",
+        "do_lower_case": False,
+    }
+    place.text("base/vocab.txt", "\n".join([*VOCABULARY, "Own"]))
+    (place.folder / "base" / "tokenizer.json").unlink(missing_ok=True)
+    place.text("base/tokenizer_config.json", json.dumps(settings))
+    place.text("base/special_tokens_map.json", '{"additional_special_tokens": ["own"]}')
+
+    tokenizer = prompts._tokenizer(Verifier(place.folder / "base"))
+
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (77, "left")
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.tokenize("Own") == ["Own"]
 
 
 def test_a_pickled_shard_of_a_verifier_is_screened_before_transformers_reads_it(place: Workplace) -> None:
