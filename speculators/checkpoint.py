@@ -17,7 +17,6 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from speculators import companions, digests, dtypes, json_files, pickles, weights
-from speculators.companions import FOREIGN, INDEX
 from speculators.digests import Digest
 from speculators.errors import CheckpointError, reading
 from speculators.pickles import PickleFile
@@ -58,6 +57,12 @@ FORMATS: Mapping[str, Format] = {
 
 MOST_SHARDS = 10_000
 """Files that an index may name; the largest models have some hundred."""
+
+INDEX = ".index.json"
+"""What the name of a sharded checkpoint's index ends in, after that of the whole."""
+
+FOREIGN = "adapter_"
+"""What the names of weight files begin with that belong to another model, which they name."""
 
 Indexed = tuple[str, set[str]]
 """Name of an index, and the tensors that it says a file holds."""
@@ -230,7 +235,7 @@ class Checkpoint:
         Raises:
             CheckpointError: A file cannot be had, or asks for what nobody should do.
         """
-        names = companions.choose(self.place.listing(), self.place.has)
+        names = companions.choose(self.place.listing(), self.place.has, weights=weights)
         for name, indexed in self._located.items() if weights else ():
             names |= {name, *(indexed or ())[:1]}
             FORMATS[Path(name).suffix].screen(self._whole(name, indexed))

@@ -17,41 +17,39 @@ from speculators.errors import UnavailableError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 """Any of these beside a verifier's config means that it has a tokenizer."""
 
-NAMED = (
+MODEL_FILES = ("config.json", "generation_config.json")
+"""What a model is loaded from, beside its weights."""
+
+TOKENIZER_COMPANIONS = (
     "config.json",
-    "generation_config.json",
     *TOKENIZER_FILES,
-    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
 )
-"""Names of the commonest, for servers that do not list their files."""
+"""What tokenizers are loaded from; these are looked for also where a server does not list its files."""
 
-ENDINGS = (".json", ".model", ".jinja", ".tiktoken", "vocab.txt", "merges.txt", "dict.txt")
-"""What the names of others end in."""
+ENDINGS = (".model", ".tiktoken", "vocab.txt", "dict.txt")
+"""What the names of others end in that hold a vocabulary."""
 
-INDEX = ".index.json"
-"""What the name of a sharded checkpoint's index ends in, after that of the whole."""
+ELSEWHERE = re.compile(r".*_implementation.*|transformers_weights|attribute_map|sub_configs|auto_map")
+"""Keys of a config that name code or weights, or set what has no place in a file; the rest says enough without them."""
 
-FOREIGN = "adapter_"
-"""What the names of files begin with that belong to another model, which they name."""
-
-ELSEWHERE = re.compile(r".*_implementation.*|transformers_weights")
-"""Keys of a config that name code or weights; what stands in for them is what the rest says."""
-
-TOKENS = re.compile(
-    r".*_tokens?|.*_tokens_decoder|.*_side|tokenizer_class|chat_template|model_input_names|auto_map|errors|backend"
-)
+TOKENS = re.compile(r".*_tokens?|.*_tokens_decoder|.*_side|chat_template|model_input_names|auto_map|errors|backend")
 """Keys of a tokenizer's settings that are kept whatever they hold; of others numbers, flags and nothing are."""
 
+TOKENIZER_CLASS = re.compile(r"(?!Auto|Rag)\w+Tokenizer(Fast)?|(Tokenizers|Python|SentencePiece|MistralCommon)Backend")
+"""What the class of a tokenizer may be called; any other class of transformers would be made, and read what it does."""
 
-def choose(listed: Iterable[str], has: Callable[[str], bool]) -> set[str]:
+
+def choose(listed: Iterable[str], has: Callable[[str], bool], *, weights: bool) -> set[str]:
     """Return the names of the files that transformers may read, of those that are there.
 
     Args:
         listed: Everything in the folder, as far as that is known.
         has: Tells whether a file is there.
+        weights: Whether it loads the model, or the tokenizer.
     """
-    fitting = {name for name in (*NAMED, *listed) if name.endswith(ENDINGS) and not name.endswith(INDEX)}
-    return {name for name in fitting if not name.startswith(FOREIGN) and has(name)}
+    vocabularies = [name for name in listed if name.endswith(ENDINGS)]
+    return {name for name in (MODEL_FILES if weights else (*TOKENIZER_COMPANIONS, *vocabularies)) if has(name)}
 
 
 def clean(folder: Path) -> None:
@@ -75,7 +73,8 @@ def clean(folder: Path) -> None:
 
 def _model_settings(content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {key: _model_settings(value) for key, value in content.items() if not ELSEWHERE.fullmatch(key)}
+        kept = {key: value for key, value in content.items() if not ELSEWHERE.fullmatch(key)}
+        return {key: _model_settings(value) for key, value in kept.items() if _is_class_of_tokenizer(key, value)}
     return [_model_settings(each) for each in content] if isinstance(content, list) else content
 
 
@@ -85,8 +84,14 @@ def _tokenizer_settings(content: Any) -> Any:
     return {
         key: value
         for key, value in content.items()
-        if TOKENS.fullmatch(key) or value is None or isinstance(value, int | float)
+        if TOKENS.fullmatch(key) or value is None or isinstance(value, int | float) or key == "tokenizer_class"
+        if _is_class_of_tokenizer(key, value)
     }
+
+
+def _is_class_of_tokenizer(key: str, value: Any) -> bool:
+    """Tell whether a setting names a class of tokenizers, or is another setting."""
+    return key != "tokenizer_class" or (isinstance(value, str) and TOKENIZER_CLASS.fullmatch(value) is not None)
 
 
 CLEANED: Mapping[str, Callable[[Any], Any]] = {

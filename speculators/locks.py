@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ FILES = frozenset((LOCK, LOCKED, SOFT_LOCK))
 
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 """What filesystems without locks answer."""
+
+PAUSE = 0.05
+"""Seconds between two looks at a file that another run may remove."""
 
 WINDOWS = os.name == "nt"
 
@@ -48,18 +52,21 @@ def take(folder: Path, patience: float) -> BaseFileLock:
     from filelock import FileLock, SoftFileLock
 
     lock: BaseFileLock = FileLock(folder / LOCK, timeout=patience, fallback_to_soft=False)
-    soft: BaseFileLock = SoftFileLock(folder / SOFT_LOCK, timeout=patience)
     try:
         _acquire(lock)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        return _take_softly(folder, soft)
+        return _take_softly(folder, patience)
     try:
+        locked = (folder / LOCK).stat().st_ino
         (folder / LOCKED).touch()
         if (folder / SOFT_LOCK).exists():
-            _acquire(soft)  # if it can be had, it is a dead run's
+            soft = SoftFileLock(folder / SOFT_LOCK, timeout=0)
+            _acquire(soft)  # if it can be had, it is a dead run's; a living one waits for this to give way
             soft.release()
+        if (folder / LOCK).stat().st_ino != locked:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder / LOCK)  # it was removed meanwhile
     except BaseException:
         with suppress(OSError):
             (folder / LOCKED).unlink()
@@ -68,11 +75,20 @@ def take(folder: Path, patience: float) -> BaseFileLock:
     return lock
 
 
-def _take_softly(folder: Path, soft: BaseFileLock) -> BaseFileLock:
+def _take_softly(folder: Path, patience: float) -> BaseFileLock:
+    from filelock import SoftFileLock
+
+    soft = SoftFileLock(folder / SOFT_LOCK, timeout=patience)
     _acquire(soft)
-    if (folder / LOCKED).exists():
+    try:
+        until = time.monotonic() + patience
+        while (folder / LOCKED).exists():
+            if time.monotonic() >= until:
+                raise HeldError(folder / LOCKED)
+            time.sleep(PAUSE)
+    except BaseException:
         soft.release()
-        raise HeldError(folder / LOCKED)
+        raise
     return soft
 
 
@@ -89,14 +105,17 @@ def remove(folder: Path, lock: BaseFileLock) -> None:
     """Give a folder up, and remove it if it holds nothing else."""
     from filelock import SoftFileLock
 
+    soft = isinstance(lock, SoftFileLock)
     with suppress(OSError):
-        if not isinstance(lock, SoftFileLock):
+        if not soft:
             (folder / LOCKED).unlink(missing_ok=True)
-    if WINDOWS or isinstance(lock, SoftFileLock):
-        lock.release()  # an open file cannot be removed there, and a soft lock is a file that it removes
+    if WINDOWS and not soft:
+        lock.release()  # an open file cannot be removed there
     with suppress(OSError):
-        if {entry.name for entry in folder.iterdir()} <= {LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
+        if {entry.name for entry in folder.iterdir()} <= {LOCK, SOFT_LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)  # nobody can have it, or will notice
+            if soft:
+                lock.release()  # which removes its file
             folder.rmdir()
     with suppress(OSError):
         lock.release()

@@ -127,6 +127,7 @@ def accept(verifier: str) -> Result:
         {"experts_implementation": "deepgemm"},
         {"transformers_weights": "../elsewhere.safetensors"},
         {"layers": [[{"attn_implementation": "somebody/kernel"}]]},
+        {"attribute_map": {"other": "_attn_implementation"}, "other": "somebody/kernel"},
     ],
     ids=str,
 )
@@ -162,6 +163,26 @@ def test_a_tokenizer_reads_nothing_elsewhere(file: str, key: str, place: Workpla
     tokenizer = prompts._tokenizer(Verifier(place.folder / "base"))
 
     assert sorted(tokenizer.get_vocab()) == sorted(VOCABULARY)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["AutoModelForCausalLM", "AutoTokenizer", "OneFormerImageProcessor", ["LlamaTokenizer"]]
+)
+def test_a_tokenizer_is_of_no_other_class(name: object, file: str, place: Workplace) -> None:
+    (place.folder / "base" / "tokenizer_config.json").unlink(missing_ok=True)
+    place.text("base/tokenizer.json", "{}")
+    content = json.loads(path.read_text()) if (path := place.folder / "base" / file).exists() else {}
+    place.text(f"base/{file}", json.dumps(content | {"tokenizer_class": name}))
+
+    with Verifier(place.folder / "base").checkpoint.gathered(weights=False) as given:
+        assert "tokenizer_class" not in json.loads((given / file).read_text())
+    with Verifier(place.folder / "base").checkpoint.gathered() as given:
+        assert {path.name for path in given.iterdir()} <= {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        }
 
 
 def test_a_tokenizer_s_settings_are_kept(place: Workplace) -> None:
