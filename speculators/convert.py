@@ -22,6 +22,7 @@ from speculators.errors import (
     SpeculatorsError,
     described,
 )
+from speculators.guard import HookError
 from speculators.operations import cast, derive
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
@@ -219,7 +220,7 @@ def convert_model(
         output_path=target,
         source=source.name,
         algorithm=spec.name,
-        package=f"{conversion.algorithm.package} {conversion.algorithm.version}",
+        package=conversion.algorithm.origin,
         renamed=conversion.renamed,
         reworked=conversion.reworked,
         dropped=conversion.dropped,
@@ -368,10 +369,7 @@ def parse_options(algorithm: Algorithm, given: dict[str, Any]) -> Any:
     except (SpeculatorsError, MemoryError):
         raise
     except Exception as error:
-        from speculators.guard import HookError
-
-        origin = f"{algorithm.package} {algorithm.version}"
-        raise HookError(origin, f"a validator of its options raised {described(error)}") from error
+        raise HookError(algorithm.origin, f"a validator of its options raised {described(error)}") from error
 
 
 def _advice(chosen: Algorithm, planned: Plan, registry: Registry) -> str:

@@ -301,7 +301,7 @@ def _derived(made: Derivation, source: Checkpoint) -> Tensor:
     return dtypes.tensor(memoryview(bytearray().join(map(read, chunks))), info.dtype).view(info.shape)
 
 
-def _built(described: str, build: Callable[[], Built]) -> Built:
+def _built(origin: str, build: Callable[[], Built]) -> Built:
     import torch
 
     try:
@@ -310,9 +310,7 @@ def _built(described: str, build: Callable[[], Built]) -> Built:
     except PluginError:
         raise
     except Exception as error:  # a config can be wrong in more ways than a schema tells
-        raise ValidationError(
-            f"the draft model cannot be built from {described}: {type(error).__name__}: {error}"
-        ) from error
+        raise ValidationError(f"the draft model cannot be built from {origin}: {described(error)}") from error
 
 
 def _fill(
@@ -320,16 +318,16 @@ def _fill(
     tensors: Mapping[str, Callable[[], Tensor]],
     device: torch.device,
     dtype: torch.dtype,
-    described: str,
+    origin: str,
 ) -> None:
     """Read each parameter's tensor, one after another; none is invented."""
     names = [name for name, _ in model.named_parameters()]
     if missing := sorted(set(names) - tensors.keys()):
-        raise ValidationError(f"{described} does not fill the draft model: it lacks {', '.join(missing)}")
+        raise ValidationError(f"{origin} does not fill the draft model: it lacks {', '.join(missing)}")
     try:
         model.load_state_dict({name: tensors[name]().to(device, dtype) for name in names}, strict=False, assign=True)
     except RuntimeError as error:
-        raise ValidationError(f"{described} does not fill the draft model: {error}") from error
+        raise ValidationError(f"{origin} does not fill the draft model: {error}") from error
     model.to(device).eval()
 
 

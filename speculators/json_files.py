@@ -26,7 +26,7 @@ def parse(data: bytes) -> dict[str, Any]:
     """
     if len(data) > LARGEST:
         raise ValueError(f"it has {len(data)} bytes, more than any config, header or index")
-    if len(data) > LARGEST_TEXT and not (data.isascii() and b"\\u" not in data):
+    if len(data) > LARGEST_TEXT and (b"\\u" in data or not data.isascii()):
         raise ValueError(f"it has {len(data)} bytes and other characters than ASCII, as no large header or index")
     if data.count(b"{") + data.count(b"[") > MOST_CONTAINERS or data.count(b",") > MOST_ITEMS:
         raise ValueError("it holds more objects and lists than any config, header or index")

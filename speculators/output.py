@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from speculators import locks
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import OutputError
+from speculators.locks import WINDOWS
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -58,8 +59,6 @@ EXCHANGE, HERE = 2, -100
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 """What filesystems answer that cannot sync the names in a folder, and folders that may be written but not read."""
-
-WINDOWS = os.name == "nt"
 
 
 def check_target(path: Path, sources: Iterable[Path]) -> None:
@@ -260,15 +259,21 @@ def _settle(work: Path, path: Path) -> None:
 def _clean_others(work: Path) -> None:
     """Remove what dead runs to other outputs beside this one left, but never a previous output."""
     for other in work.parent.glob(f".*{WORK_SUFFIX}"):
+        if other == work or other.is_symlink():
+            continue
         with suppress(OSError, locks.HeldError):
-            found = set() if other == work or other.is_symlink() else {entry.name for entry in other.iterdir()}
-            if found and found <= {NEW, *locks.FILES}:
+            if not _is_filled(other):
+                other.rmdir()  # a run that died at once left it; one that has just made it makes it again
+            elif _holds_no_output(other):
                 lock = locks.take(other, 0)
-                if {entry.name for entry in other.iterdir()} <= {NEW, *locks.FILES}:
+                if _holds_no_output(other):
                     shutil.rmtree(other / NEW, ignore_errors=True)
                 locks.remove(other, lock)
-            elif not found and other != work:
-                other.rmdir()  # a run that died at once left it; one that has just made it makes it again
+
+
+def _holds_no_output(work: Path) -> bool:
+    """Tell whether nothing lies in a hidden folder but locks and what a run had begun to write."""
+    return {entry.name for entry in work.iterdir()} <= {NEW, *locks.FILES}
 
 
 def _leave(work: Path, path: Path, lock: BaseFileLock) -> None:

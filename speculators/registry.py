@@ -43,6 +43,11 @@ class Algorithm:
     package: str
     version: str
 
+    @property
+    def origin(self) -> str:
+        """Package and version."""
+        return f"{self.package} {self.version}"
+
 
 @dataclass(frozen=True)
 class BrokenPlugin:
@@ -178,7 +183,7 @@ class Registry:
                     matching.append(algorithm)
             except HookError as error:
                 raise PluginError(
-                    f"the plugin {algorithm.package} {algorithm.version} failed to look at {source.name}: "
+                    f"the plugin {algorithm.origin} failed to look at {source.name}: "
                     f"{error.what}; name the algorithm with --algorithm"
                 ) from error
         if len(matching) == 1:
@@ -256,7 +261,7 @@ class Registry:
 
 def describe_contested(alias: str, claiming: Iterable[Algorithm]) -> str:
     """Say which algorithms share an alias, and what to do."""
-    claims = " and ".join(f"{one.spec.name} ({one.package} {one.version})" for one in claiming)
+    claims = " and ".join(f"{one.spec.name} ({one.origin})" for one in claiming)
     return f"{alias!r} is an alias of {claims}; name one of them"
 
 
