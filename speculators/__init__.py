@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speculators import decoder
     from speculators.checkpoint import Checkpoint
-    from speculators.config import DecoderLayerConfig, SpeculatorConfig
+    from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
     from speculators.errors import (
         AlgorithmError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from speculators.hookspecs import hookimpl
     from speculators.plan import Facts, match
     from speculators.registry import Registry
-    from speculators.spec import Alternative, Context, ConverterSpec, Options, Original, Vllm
+    from speculators.spec import Alternative, Context, ConverterSpec, Example, Options, Original, Vllm
     from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
@@ -49,8 +49,10 @@ _HOMES = {
     "DecoderLayerConfig": "config",
     "Derive": "table",
     "Drop": "table",
+    "Example": "spec",
     "Facts": "plan",
     "Keep": "table",
+    "LayeredConfig": "config",
     "Merge": "table",
     "MismatchError": "errors",
     "OptionError": "errors",
@@ -89,8 +91,10 @@ __all__ = [
     "DecoderLayerConfig",
     "Derive",
     "Drop",
+    "Example",
     "Facts",
     "Keep",
+    "LayeredConfig",
     "Merge",
     "MismatchError",
     "OptionError",

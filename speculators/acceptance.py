@@ -178,7 +178,7 @@ def propose(draft: Draft, prefixes: Sequence[tuple[Continuation, int]], depth: i
     """Propose ``depth`` tokens after each prefix, greedily.
 
     Prefixes of different lengths are run side by side, filled up at the end, which no earlier
-    position sees.
+    position sees. A draft that makes all tokens in one pass is run once.
 
     Args:
         draft: The draft.
@@ -201,20 +201,28 @@ def propose(draft: Draft, prefixes: Sequence[tuple[Continuation, int]], depth: i
     chains: list[list[int]] = [[] for _ in prefixes]
     with torch.no_grad():
         hidden = draft.combine(states)
+        if draft.tokens is not None:
+            _, head_input = draft.forward(ids[:, :longest], hidden)
+            ranked = _logits(draft, head_input[rows, lengths - 1])[:, :depth].argmax(dim=-1)
+            return [[draft.target_id(token) for token in chain] for chain in ranked.tolist()]
         hidden = torch.cat((hidden, hidden.new_zeros(len(prefixes), depth, hidden.shape[-1])), dim=1)
         for step in range(depth):
             width = longest + step
             fed_back, head_input = draft.forward(ids[:, :width], hidden[:, :width])
             last = lengths - 1 + step
-            logits = draft.logits(head_input[rows, last])
-            if logits is None:
-                raise CheckpointError("neither the draft nor its verifier holds the LM head; acceptance needs it")
-            tokens = [draft.target_id(token) for token in logits.argmax(dim=-1).tolist()]
+            tokens = [draft.target_id(token) for token in _logits(draft, head_input[rows, last]).argmax(-1).tolist()]
             for chain, token in zip(chains, tokens, strict=True):
                 chain.append(token)
             ids[rows, last + 1] = torch.tensor(tokens)
             hidden[rows, last + 1] = fed_back[rows, last]
     return chains
+
+
+def _logits(draft: Draft, head_input: Tensor) -> Tensor:
+    logits = draft.logits(head_input)
+    if logits is None:
+        raise CheckpointError("neither the draft nor its verifier holds the LM head; acceptance needs it")
+    return logits
 
 
 def _agreement(chain: Sequence[int], truth: Sequence[int]) -> int:

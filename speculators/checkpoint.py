@@ -48,9 +48,15 @@ class Format:
     screen: Callable[[Path], None]
 
 
+def _pickled(stem: str) -> Format:
+    return Format(stem, PickleFile, pickles.digest, pickles.is_archive, pickles.screen)
+
+
 FORMATS: Mapping[str, Format] = {
     ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, lambda path: None),
-    ".bin": Format("pytorch_model", PickleFile, pickles.digest, pickles.is_archive, pickles.screen),
+    ".bin": _pickled("pytorch_model"),
+    ".pt": _pickled("model"),
+    ".pth": _pickled("model"),
 }
 """Suffix of a weight file → its format; in order of preference."""
 
@@ -61,8 +67,9 @@ MOST_SHARDS = 10_000
 INDEX = ".index.json"
 """What the name of a sharded checkpoint's index ends in, after that of the whole."""
 
-FOREIGN = "adapter_"
-"""What the names of weight files begin with that belong to another model, which they name."""
+FOREIGN = ("adapter_", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
+"""What the names of files begin with that hold no draft: an adapter of another model, and what a trainer resumes
+from (``transformers/trainer.py``)."""
 
 Indexed = tuple[str, set[str]]
 """Name of an index, and the tensors that it says a file holds."""
@@ -114,7 +121,7 @@ class Checkpoint:
             files = next(self._candidates(), [])
             if not files:
                 raise CheckpointError(
-                    f"{self.name} holds no weights: expected *.safetensors or *.bin, found {self._found()}"
+                    f"{self.name} holds no weights: expected *{', *'.join(FORMATS)}, found {self._found()}"
                     f"{self.place.remark}"
                 )
             if len(files) > 1:
@@ -124,7 +131,7 @@ class Checkpoint:
         suffix = Path(file.removesuffix(INDEX)).suffix
         if suffix not in FORMATS:
             raise CheckpointError(
-                f"{self._described(file)} is no weight file; expected one that ends in {' or '.join(FORMATS)}"
+                f"{self._described(file)} is no weight file; expected one that ends in {', '.join(FORMATS)}"
             )
         if _SHARD.search(file):
             raise CheckpointError(
@@ -140,7 +147,7 @@ class Checkpoint:
                 yield present
         for suffix in FORMATS:
             files = [name for name in self.place.listing() if name.endswith(suffix) and self.place.has(name)]
-            if others := sorted(name for name in files if not name.startswith((FOREIGN, "."))):
+            if others := sorted(name for name in files if not name.startswith((*FOREIGN, "."))):
                 yield others
 
     def _locate_shards(self, index: str) -> dict[str, Indexed | None]:

@@ -1,6 +1,7 @@
 """The speculators format's ``config.json``, as vLLM 0.32 and speculators 0.9 read it.
 
-Each output type subclasses `SpeculatorConfig` with its own fields.
+Each output type subclasses `SpeculatorConfig`, or `LayeredConfig` where the draft is made of decoder layers,
+with its own fields.
 """
 
 from __future__ import annotations
@@ -107,10 +108,19 @@ class SpeculatorConfig(BaseModel):
     speculators_version: str
     architectures: list[str]
     speculators_config: SpeculatorsBlock
-    transformer_layer_config: DecoderLayerConfig
     draft_vocab_size: Size
     target_hidden_size: Size | None = None
     dtype: str
+
+    @property
+    def verifier_sizes(self) -> dict[str, int]:
+        """What it says of the verifier: ``vocab_size`` and ``target_hidden_size``, those that it states."""
+        return {} if self.target_hidden_size is None else {"target_hidden_size": self.target_hidden_size}
+
+    @property
+    def positions(self) -> int | None:
+        """Positions that the draft was made for; ``None`` where they are the verifier's."""
+        return None
 
     @field_validator("dtype")
     @classmethod
@@ -140,3 +150,19 @@ class SpeculatorConfig(BaseModel):
     def to_json(self) -> str:
         """Serialise with sorted keys and a final newline; the same config gives the same bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+class LayeredConfig(SpeculatorConfig):
+    """The config of an output type whose drafts are made of decoder layers."""
+
+    transformer_layer_config: DecoderLayerConfig
+
+    @property
+    def verifier_sizes(self) -> dict[str, int]:
+        """The layers state the verifier's vocabulary, too."""
+        return {"vocab_size": self.transformer_layer_config.vocab_size} | super().verifier_sizes
+
+    @property
+    def positions(self) -> int | None:
+        """Those of the layers."""
+        return self.transformer_layer_config.max_position_embeddings

@@ -18,22 +18,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from speculators import dtypes
 from speculators.checkpoint import Checkpoint
-from speculators.config import (
-    DecoderLayerConfig,
-    Size,
-    SpeculatorConfig,
-    SpeculatorsBlock,
-    TokenProposal,
-    VerifierReference,
-)
+from speculators.config import DecoderLayerConfig, LayeredConfig, Size
 from speculators.errors import CheckpointError
 from speculators.plan import Facts
 from speculators.rope import (
@@ -167,7 +158,7 @@ def native_config(context: Context, schema: type[BaseModel] = _NativeConfig) -> 
     Raises:
         CheckpointError: A key has a value of another type; names every such key.
     """
-    flat = _flatten(context.source.config, context.nested)
+    flat = context.settings
     problems = set()
     for model in (_NativeConfig, schema):
         try:
@@ -177,24 +168,6 @@ def native_config(context: Context, schema: type[BaseModel] = _NativeConfig) -> 
     if problems:
         raise CheckpointError(f"config.json says {', '.join(sorted(problems))}, which cannot be")
     return flat
-
-
-def _flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for block in reversed(blocks):
-        if isinstance(config.get(block), Mapping):
-            flat |= _flatten(config[block], blocks)
-    return flat | {key: value for key, value in config.items() if value is not None}
-
-
-def stated(context: Context, key: str) -> list[Any]:
-    """List the different values that a draft's config and its nested blocks give for a key."""
-    config = context.source.config
-    values: list[Any] = []
-    for block in [config, *(config[name] for name in context.nested if isinstance(config.get(name), Mapping))]:
-        if block.get(key) is not None and block[key] not in values:
-            values.append(block[key])
-    return values
 
 
 def active_parts(context: Context) -> set[str]:
@@ -309,7 +282,7 @@ def _layer_numbers(context: Context) -> Iterable[int]:
             yield found.numbers[0]
 
 
-def layer_config(context: Context, facts: Facts, dtype: str) -> tuple[DecoderLayerConfig, list[str]]:
+def layer_config(context: Context, facts: Facts) -> tuple[DecoderLayerConfig, list[str]]:
     """Build the config of the draft's decoder layers, and what the user should know about it.
 
     Nothing is taken from the verifier but its vocabulary size and its number of positions.
@@ -340,7 +313,7 @@ def layer_config(context: Context, facts: Facts, dtype: str) -> tuple[DecoderLay
         rope_scaling=legacy_scaling(rope),
         attention_bias=qkv and out,
         mlp_bias="mlp_bias" in facts.parts,
-        dtype=dtype,
+        dtype=context.draft_dtype,
     )
     extra = {key: config[key] for key in CARRIED_KEYS if key in config}
     if qkv and not out:
@@ -411,7 +384,7 @@ def own_embedding(context: Context) -> str:
     return context.matching.native.get("embed_tokens.weight", "")
 
 
-def rope_alternatives(config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+def rope_alternatives(config: LayeredConfig, verifier: Verifier) -> list[Alternative]:
     """List other rotary bases that a draft may have been trained with: transformers' default and the verifier's."""
     layer = config.transformer_layer_config
     theirs = verifier.text.get("rope_theta") or (verifier.text.get("rope_parameters") or {}).get("rope_theta")
@@ -448,26 +421,3 @@ def config_parts(layer: DecoderLayerConfig) -> set[str]:
         "mlp_bias": layer.mlp_bias,
     }
     return {part for part, present in declared.items() if present}
-
-
-def draft_dtype(context: Context) -> str:
-    """Return the draft's dtype in torch's spelling: asked for, said by the config, or that of most tensors."""
-    if context.dtype is not None:
-        return context.dtype
-    config = native_config(context)
-    said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    if said in dtypes.STORED_NAMES and dtypes.STORED_NAMES[said] in dtypes.FLOATS:
-        return said
-    stored = Counter(context.source.tensors[found.source].dtype for found in context.matching.moves.values())
-    return next(dtypes.TORCH_NAMES[dtype] for dtype, _ in stored.most_common() if dtype in dtypes.FLOATS)
-
-
-def speculators_block(context: Context, algorithm: str) -> SpeculatorsBlock:
-    """Build the ``speculators_config`` block: greedy chains for the given verifier."""
-    return SpeculatorsBlock(
-        algorithm=algorithm,
-        proposal_methods=[TokenProposal(speculative_tokens=context.options.speculative_tokens)],
-        verifier=VerifierReference(
-            name_or_path=context.verifier.reference, architectures=context.verifier.architectures
-        ),
-    )

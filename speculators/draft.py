@@ -96,6 +96,8 @@ class Draft:
         device: Torch device.
         dtype: Dtype to run in.
         sources: The model's parameter → native tensor, if that is where its weights come from.
+
+    Its ``tokens`` says how many tokens one pass proposes at once; ``None`` where they follow one from another.
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class Draft:
         self.device = device
         self.dtype = dtype
         self.state_size: int = model.state_size  # type: ignore[assignment]
+        self.tokens: int | None = getattr(model, "draft_tokens", None)
+        self._own_logits: Callable[[Tensor], Tensor] | None = getattr(model, "logits", None)
         self._embedding = embedding
         self._head = head
 
@@ -129,7 +133,8 @@ class Draft:
             positions: ``[T]`` positions; 0 … T-1 by default.
 
         Returns:
-            Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``; no logits when no file holds the LM head.
+            Hidden states ``[B, T, H]`` and logits ``[B, T, DV]``, or ``[B, T, K, DV]`` where one pass proposes ``K``
+            tokens; no logits when no file holds the LM head.
 
         Raises:
             ValidationError: Its weights and its config do not make a model that computes anything.
@@ -151,7 +156,7 @@ class Draft:
         return combined
 
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` ids and ``[B, T, H]`` states → states to feed back and inputs of the LM head."""
+        """``[B, T]`` ids and ``[B, T, H]`` states → states to feed back and inputs of the LM head or heads."""
         import torch
 
         if positions is None:
@@ -173,6 +178,8 @@ class Draft:
 
     def logits(self, head_input: Tensor) -> Tensor | None:
         """``[..., H]`` → ``[..., DV]``; ``None`` when no file holds the LM head."""
+        if self._own_logits is not None:
+            return self._own_logits(head_input)
         return None if self._head is None else self._head.multiply(head_input)
 
     def target_id(self, token: int) -> int:
@@ -229,6 +236,7 @@ def of_output(
     if left := sorted(inside.keys() - {name for name, _ in model.named_parameters()}):
         raise ValidationError(f"the output does not fill the draft model: nothing reads {', '.join(left)}")
     _fill(model, inside, place, precision, "the output")
+    _require_tokens(config, model)
     return Draft(
         model,
         layers=_readable(spec.state_layers(config, verifier.num_layers), model, verifier),
@@ -279,6 +287,13 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
         dtype=precision,
         sources=original.names,
     )
+
+
+def _require_tokens(config: SpeculatorConfig, model: nn.Module) -> None:
+    asked = max(method.speculative_tokens for method in config.speculators_config.proposal_methods)
+    made = getattr(model, "draft_tokens", asked)
+    if asked > made:
+        raise ValidationError(f"the config proposes {asked} tokens per step, the draft makes no more than {made}")
 
 
 def _readable(layers: tuple[int, ...], model: nn.Module, verifier: Verifier) -> tuple[int, ...]:

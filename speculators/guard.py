@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from speculators.config import SpeculatorConfig
 from speculators.errors import PluginError, SpeculatorsError, described
 from speculators.plan import Facts
-from speculators.spec import Alternative, ConverterSpec, Options, Original, Vllm
+from speculators.spec import Alternative, ConverterSpec, Example, Options, Original, Vllm
 from speculators.table import Table
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ MEMBERS: dict[str, tuple[type | UnionType, str]] = {
     "aliases": (tuple, "a tuple of names"),
     "summary": (str, "a string"),
     "reference": (str, "a string"),
+    "quirks": (tuple, "a tuple of sentences"),
     "table": (Table, "a Table"),
     "embedding": (str, "a string"),
     "copies_embedding": (bool, "True or False"),
@@ -220,6 +221,8 @@ def _model(spec: ConverterSpec, found: Any, place: str = "") -> None:
     lacking = [member for member, there in _offers(found).items() if not there]
     expected = "a torch module with combine, forward and state_size"
     _require(not lacking, type(found), f"{expected}, and it lacks {', '.join(lacking)}", place)
+    if wrong := _wrong_offers(found):
+        raise _Unfit(f"{place}{shown(type(found))} {wrong}")
 
 
 def _offers(model: nn.Module) -> dict[str, bool]:
@@ -230,6 +233,23 @@ def _offers(model: nn.Module) -> dict[str, bool]:
         "forward": getattr(model.forward, "__func__", None) is not nn.Module.forward,
         "state_size": isinstance(getattr(model, "state_size", None), int),
     }
+
+
+def _wrong_offers(model: nn.Module) -> str:
+    tokens = getattr(model, "draft_tokens", 1)
+    if type(tokens) is not int or tokens < 1:
+        return f"with draft_tokens {shown(tokens)}, expected a positive whole number"
+    return "" if callable(getattr(model, "logits", len)) else "with logits that cannot be called"
+
+
+def _example(spec: ConverterSpec, found: Any) -> None:
+    if found is None:
+        return
+    _require(isinstance(found, Example), found, "an Example or None")
+    _dims(spec, found.dims, "an Example with dims ")
+    _parts(spec, found.parts, "an Example with parts ")
+    fits = isinstance(found.config, Mapping) and _is_json(dict(found.config))
+    _require(fits, found.config, "what JSON knows", "an Example with the config ")
 
 
 def _targets(spec: ConverterSpec, found: Any, place: str = "") -> None:
@@ -252,5 +272,6 @@ HOOKS: dict[str, Callable[[ConverterSpec, Any], None]] = {
     "original": _original,
     "targets": _targets,
     "build": _model,
+    "example": _example,
 }
 """Hook → the check of its result."""

@@ -7,7 +7,7 @@ A complete plugin is one class and one hook::
 
     class ToyConfig(SpeculatorConfig): ...
 
-    class Toy(ConverterSpec):
+    class Toy(ConverterSpec[ToyConfig]):
         interface = 1
         name = "toy"
         summary = "Toy heads: one linear layer over the verifier's hidden state"
@@ -19,7 +19,7 @@ A complete plugin is one class and one hook::
         def recognises(self, source): return set(source.tensors) == {"fc.weight"}
         def examine(self, context): return Facts(dims={"H": context.verifier.hidden_size})
         def configure(self, context, facts): return ToyConfig(...), []
-        def dims(self, config): return {"H": config.transformer_layer_config.hidden_size}
+        def dims(self, config): return {"H": config.target_hidden_size}
         def parts(self, config): return frozenset()
         def build(self, config): from .draft import ToyDraft; return ToyDraft(config)
 
@@ -34,15 +34,18 @@ A complete plugin is one class and one hook::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import TypeVar
 
+from speculators import dtypes
 from speculators.checkpoint import Checkpoint
-from speculators.config import MOST_DRAFT_TOKENS, SpeculatorConfig
+from speculators.config import MOST_DRAFT_TOKENS, SpeculatorConfig, SpeculatorsBlock, TokenProposal, VerifierReference
 from speculators.plan import Facts, Matching
 from speculators.table import Table
 from speculators.verifier import Verifier
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
 
 INTERFACE = 1
 """The version of this interface; a spec states the one it was written for."""
+
+Config = TypeVar("Config", bound=SpeculatorConfig, default=Any)
+"""The output type of a spec."""
 
 
 class Options(BaseModel):
@@ -97,6 +103,59 @@ class Context:
         """Return the name of the source tensor that becomes ``target``; ``None`` if there is none."""
         found = self.matching.moves.get(target)
         return found.source if found else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The native config without its nested blocks, whose keys stand beside its own; its own win."""
+        return _flatten(self.source.config, self.nested)
+
+    def stated(self, key: str) -> list[Any]:
+        """List the different values that the native config and its nested blocks give for a key."""
+        config = self.source.config
+        values: list[Any] = []
+        for block in [config, *(config[name] for name in self.nested if isinstance(config.get(name), Mapping))]:
+            if block.get(key) is not None and block[key] not in values:
+                values.append(block[key])
+        return values
+
+    @property
+    def draft_dtype(self) -> str:
+        """The draft's dtype in torch's spelling: asked for, said by the config, or that of most tensors."""
+        if self.dtype is not None:
+            return self.dtype
+        said = str(self.settings.get("dtype") or self.settings.get("torch_dtype") or "").removeprefix("torch.")
+        if said in dtypes.STORED_NAMES and dtypes.STORED_NAMES[said] in dtypes.FLOATS:
+            return said
+        stored = Counter(self.source.tensors[found.source].dtype for found in self.matching.moves.values())
+        return next(dtypes.TORCH_NAMES[dtype] for dtype, _ in stored.most_common() if dtype in dtypes.FLOATS)
+
+    def common_fields(self, algorithm: str, speculative_tokens: int | None = None) -> dict[str, Any]:
+        """Return the fields of `SpeculatorConfig` that do not depend on the algorithm.
+
+        They are ``speculators_version``, ``speculators_config`` (greedy chains for the given verifier) and ``dtype``.
+
+        Args:
+            algorithm: Which algorithm reads the output.
+            speculative_tokens: Tokens that the draft proposes per step; those of the option by default.
+        """
+        import speculators
+
+        tokens = self.options.speculative_tokens if speculative_tokens is None else speculative_tokens
+        verifier = VerifierReference(name_or_path=self.verifier.reference, architectures=self.verifier.architectures)
+        methods = [TokenProposal(speculative_tokens=tokens)]
+        return {
+            "speculators_version": speculators.__version__,
+            "speculators_config": SpeculatorsBlock(algorithm=algorithm, proposal_methods=methods, verifier=verifier),
+            "dtype": self.draft_dtype,
+        }
+
+
+def _flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for block in reversed(blocks):
+        if isinstance(config.get(block), Mapping):
+            flat |= _flatten(config[block], blocks)
+    return flat | {key: value for key, value in config.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -153,8 +212,34 @@ class Alternative:
     config: SpeculatorConfig
 
 
-class ConverterSpec(ABC):
+@dataclass(frozen=True)
+class Example:
+    """A tiny native checkpoint with random weights, with which an installed plugin can be tried and checked.
+
+    It has one tensor for every row of the table that must be there: of the first spelling, and of the shape that
+    ``dims`` gives it. Rows of ``parts`` are among them, `Shared` ones are not.
+
+    Attributes:
+        config: Its ``config.json``.
+        dims: What each symbol of the table's shapes stands for.
+        parts: The optional parts of the table that it has.
+        tensors: Source name → array, of those that must not be random, or that the rows do not ask for.
+        file: Name of its weight file; the ending tells the format.
+        optional: Source names of tensors without which it is a valid checkpoint, too, but another draft.
+    """
+
+    config: Mapping[str, Any]
+    dims: Mapping[str, int]
+    parts: frozenset[str] = frozenset()
+    tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    file: str = "model.safetensors"
+    optional: frozenset[str] = frozenset()
+
+
+class ConverterSpec(ABC, Generic[Config]):
     """One algorithm: which checkpoints it reads, what they become, and what the draft computes.
+
+    Subclass it with the output type in brackets, ``ConverterSpec[ToyConfig]``, for hooks with that type.
 
     Attributes:
         interface: The version of this interface that the plugin was written for.
@@ -162,6 +247,8 @@ class ConverterSpec(ABC):
         aliases: Other names that users know it by.
         summary: One line for ``--list-algorithms``.
         reference: URL of the paper or of the original code.
+        quirks: What checkpoints of this family are like, and what becomes of that: Markdown, one sentence or more
+            each, for the algorithm's page.
         table: What becomes of every tensor.
         options: The keyword arguments that it takes.
         config: The output type that it writes and reads back.
@@ -181,9 +268,10 @@ class ConverterSpec(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str]
     reference: ClassVar[str]
+    quirks: ClassVar[tuple[str, ...]] = ()
     table: ClassVar[Table]
     options: ClassVar[type[Options]] = Options
-    config: ClassVar[type[SpeculatorConfig]]
+    config: type[Config]
     embedding: ClassVar[str] = "embed_tokens.weight"
     copies_embedding: ClassVar[bool] = False
     head: ClassVar[str] = "lm_head.weight"
@@ -210,21 +298,21 @@ class ConverterSpec(ABC):
         """
 
     @abstractmethod
-    def configure(self, context: Context, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
+    def configure(self, context: Context, facts: Facts) -> tuple[Config, list[str]]:
         """Build the output's config, and what the user should know about it, one sentence each.
 
         Called only when there are no findings.
         """
 
     @abstractmethod
-    def dims(self, config: SpeculatorConfig) -> Mapping[str, int]:
+    def dims(self, config: Config) -> Mapping[str, int]:
         """Return the table's symbols as an output's config states them; `examine` for the way back."""
 
     @abstractmethod
-    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+    def parts(self, config: Config) -> frozenset[str]:
         """Return the optional parts of the table that an output's config declares."""
 
-    def state_layers(self, config: SpeculatorConfig, layers: int) -> tuple[int, ...]:
+    def state_layers(self, config: Config, layers: int) -> tuple[int, ...]:
         """Return which hidden states of a verifier with ``layers`` layers the draft reads, in order.
 
         Number i is what enters layer i; number ``layers`` is the last hidden state, after the final norm,
@@ -232,14 +320,14 @@ class ConverterSpec(ABC):
         """
         return (layers,)
 
-    def inspect(self, converted: Checkpoint, config: SpeculatorConfig) -> list[str]:
+    def inspect(self, converted: Checkpoint, config: Config) -> list[str]:
         """Find what is wrong with an output although its names, shapes and dtypes are right.
 
         Read nothing large: this is part of the check that takes milliseconds.
         """
         return []
 
-    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+    def alternatives(self, config: Config, verifier: Verifier) -> list[Alternative]:
         """List what else the checkpoint may have been trained with, where no tensor shows it.
 
         A diagnosis measures the acceptance of each in place of what ``config`` says.
@@ -271,7 +359,7 @@ class ConverterSpec(ABC):
         return to_ids(checkpoint.array(name)) if name in checkpoint.tensors else None
 
     @abstractmethod
-    def build(self, config: SpeculatorConfig) -> nn.Module:
+    def build(self, config: Config) -> nn.Module:
         """Build the draft model whose forward is the original code's; import torch only here.
 
         Its parameters have the output's tensor names, without embeddings, LM head and ``buffers``.
@@ -285,7 +373,24 @@ class ConverterSpec(ABC):
             ``[T]`` positions, int64, rising but not always by one →
             ``(hidden, head_input)``, both ``[B, T, H]``: what is fed back for the next draft token,
             and what the LM head is applied to.
+
+        It may offer:
+
+        ``draft_tokens``
+            ``K``, where one pass proposes that many tokens, none of which depends on another. ``head_input``
+            is ``[B, T, K, H]`` then, nothing is fed back, and no more than ``K`` tokens are ever asked for.
+        ``logits(head_input)``
+            ``[..., H]`` → ``[..., DV]``, where it has LM heads of its own rather than the one called ``head``;
+            with ``K`` tokens per pass ``[..., K, H]`` → ``[..., K, DV]``.
         """
+
+    def example(self, verifier: Verifier) -> Example | None:
+        """Describe a tiny checkpoint for ``verifier``, a Llama of small sizes with random weights.
+
+        ``speculators plugins check`` tries the installed plugin on it, and ``speculators plugins example`` writes it
+        for users. Left as it is, the plugin brings none.
+        """
+        return None
 
 
 def to_ids(offsets: NDArray[Any]) -> NDArray[Any]:

@@ -327,12 +327,11 @@ def check_structure(output: _Output) -> Check:
     facts = Facts(dict(spec.dims(config)), spec.parts(config))
     planned = plan(table, tensors, match(table, tensors), facts, verifier.shapes)
     findings = [*planned.findings, *(f"{name} has no place: {why}" for name, why in planned.dropped.items())]
-    sizes = {
-        "vocab_size": (config.transformer_layer_config.vocab_size, verifier.vocab_size),
-        "target_hidden_size": (config.target_hidden_size or verifier.hidden_size, verifier.hidden_size),
-    }
+    theirs = {"vocab_size": verifier.vocab_size, "target_hidden_size": verifier.hidden_size}
     findings += [
-        f"{key} is {said}, the verifier's is {theirs}" for key, (said, theirs) in sizes.items() if said != theirs
+        f"{key} is {said}, the verifier's is {theirs[key]}"
+        for key, said in config.verifier_sizes.items()
+        if said != theirs[key]
     ]
     findings = findings or spec.inspect(output.converted, config)
     detail = f"{len(tensors)} tensors with the names, shapes and dtypes that config.json requires"
@@ -348,10 +347,10 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
 
     from speculators import parity
 
-    layer = output.config.transformer_layer_config
     if unsound := _unsound(output.converted):
         return [Check("forward", False, f"{unsound}: the weights are unsound")]
-    batches = parity.batches(layer.vocab_size, layer.max_position_embeddings)
+    verifier = output.verifier
+    batches = parity.batches(verifier.vocab_size, output.config.positions or verifier.max_positions or 0)
     draft = output.draft(device)
     runs = [parity.run(draft, batch) for batch in batches]
     again = parity.run(draft, batches[0])

@@ -18,6 +18,7 @@ from speculators import (
     PluginError,
     Registry,
     ValidationError,
+    Verifier,
     convert_model,
     validate_model,
 )
@@ -61,6 +62,8 @@ def provoke(hook: str, registry: Registry, head: Path) -> None:
     """Do what calls ``hook``."""
     if hook == "recognises":
         registry.recognise(Checkpoint(head))
+    elif hook == "example":
+        registry.get("toy").spec.example(Verifier(VERIFIER))
     elif hook == "alternatives":
         validate_model(convert(registry, head), level="acceptance", diagnose=True, registry=registry)
     else:
@@ -141,6 +144,12 @@ def test_a_hook_that_raises_is_named_with_its_plugin(
         ("build", "None", "None, expected a torch module"),
         ("build", "torch.nn.Linear(1, 1)", "and it lacks combine, state_size"),
         ("build", model("{'forward': torch.nn.Module.forward}"), "and it lacks forward"),
+        ("build", model("{'draft_tokens': 0}"), "with draft_tokens 0, expected a positive whole number"),
+        ("build", model("{'logits': 1}"), "with logits that cannot be called"),
+        ("example", "{}", "{}, expected an Example or None"),
+        ("example", "speculators.Example({}, {'H': 'many'})", "an Example with dims {'H': 'many'}, expected a mapping"),
+        ("example", "speculators.Example({}, {}, frozenset({'bias'}))", "an Example with parts frozenset({'bias'})"),
+        ("example", "speculators.Example({'a': {1}}, {})", "an Example with the config {'a': {1}}, expected what JSON"),
     ],
 )  # fmt: skip
 def test_a_hook_that_returns_something_else_is_named_with_what_was_expected(

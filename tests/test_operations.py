@@ -40,7 +40,7 @@ class Gated(Toy):
         class GatedDraft(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.state_size = config.transformer_layer_config.hidden_size
+                self.state_size = config.target_hidden_size
                 self.linear = torch.nn.Linear(2 * self.state_size, self.state_size, bias=False)
                 self.gate = torch.nn.Linear(2 * self.state_size, self.state_size, bias=False)
                 self.scale = torch.nn.Parameter(torch.ones(self.state_size))
@@ -241,7 +241,7 @@ class Headed(Toy):
         return config.model_copy(update={"draft_vocab_size": 40, "with_ids": "ids" in facts.parts}), notes
 
     def dims(self, config):
-        return {"H": config.transformer_layer_config.hidden_size, "DV": 40}
+        return {"H": config.target_hidden_size, "DV": 40}
 
     def parts(self, config):
         return frozenset(["ids"]) if config.with_ids else frozenset()

@@ -321,7 +321,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "head.gguf").write_bytes(b"")
 
-    with pytest.raises(CheckpointError, match=r"head\.gguf is no weight file.*\.safetensors or \.bin"):
+    with pytest.raises(CheckpointError, match=r"head\.gguf is no weight file.*\.safetensors, \.bin, \.pt, \.pth"):
         _ = Checkpoint(tmp_path / "head.gguf").tensors
 
 

@@ -12,23 +12,22 @@ module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-import speculators
 from speculators import (
     Alternative,
     Checkpoint,
     Context,
     ConverterSpec,
     Facts,
+    LayeredConfig,
     Original,
     Refuse,
     Rename,
     Row,
     Shared,
-    SpeculatorConfig,
     Table,
     Verifier,
     Vllm,
@@ -72,7 +71,7 @@ class EagleOptions(decoder.DraftOptions):
     )
 
 
-class EagleConfig(SpeculatorConfig):
+class EagleConfig(LayeredConfig):
     """The output type ``eagle``, which speculators 0.1 to 0.5 wrote too."""
 
     speculators_model_type: Literal["eagle"] = "eagle"
@@ -82,7 +81,7 @@ class EagleConfig(SpeculatorConfig):
     fusion_bias: bool
 
 
-class Eagle(ConverterSpec):
+class Eagle(ConverterSpec[EagleConfig]):
     """EAGLE v1 and v2."""
 
     interface = 1
@@ -114,35 +113,31 @@ class Eagle(ConverterSpec):
             findings.append("o_proj has a bias but q, k and v have none, which no engine can build")
         return Facts(facts.dims, facts.parts, (*facts.notes, *_bias_note(context, facts)), tuple(findings))
 
-    def configure(self, context: Context, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
+    def configure(self, context: Context, facts: Facts) -> tuple[EagleConfig, list[str]]:
         """Build the config of type ``eagle``."""
-        dtype = decoder.draft_dtype(context)
-        layer, notes = decoder.layer_config(context, facts, dtype)
+        layer, notes = decoder.layer_config(context, facts)
         config = EagleConfig(
-            speculators_version=speculators.__version__,
-            speculators_config=decoder.speculators_block(context, "eagle"),
+            **context.common_fields("eagle"),
             transformer_layer_config=layer,
             draft_vocab_size=layer.vocab_size,
             target_hidden_size=context.verifier.hidden_size,
-            dtype=dtype,
             layernorms="layernorms" in facts.parts,
             fusion_bias="fusion_bias" in facts.parts,
         )
         return config, notes
 
-    def dims(self, config: SpeculatorConfig) -> Mapping[str, int]:
+    def dims(self, config: EagleConfig) -> Mapping[str, int]:
         """Sizes of the decoder layer."""
         return decoder.config_dims(config.transformer_layer_config)
 
-    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+    def parts(self, config: EagleConfig) -> frozenset[str]:
         """Biases of the layer, fusion bias, layer norms."""
-        own = cast("EagleConfig", config)
-        flags = {"layernorms": own.layernorms, "fusion_bias": own.fusion_bias}
+        flags = {"layernorms": config.layernorms, "fusion_bias": config.fusion_bias}
         return frozenset(
-            decoder.config_parts(own.transformer_layer_config) | {part for part, on in flags.items() if on}
+            decoder.config_parts(config.transformer_layer_config) | {part for part, on in flags.items() if on}
         )
 
-    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+    def alternatives(self, config: EagleConfig, verifier: Verifier) -> list[Alternative]:
         """Other rotary bases."""
         return decoder.rope_alternatives(config, verifier)
 
@@ -159,11 +154,11 @@ class Eagle(ConverterSpec):
             head=native.get("lm_head.weight", ""),
         )
 
-    def build(self, config: SpeculatorConfig) -> nn.Module:
+    def build(self, config: EagleConfig) -> nn.Module:
         """Build the draft model."""
         from speculators_eagle.draft import EagleDraft
 
-        return EagleDraft(cast("EagleConfig", config))
+        return EagleDraft(config)
 
 
 def is_eagle(source: Checkpoint) -> bool:

@@ -10,12 +10,11 @@ SpecForge; for ``input_norm`` (``norm_before_fc``) and the names ``layers.{i}`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-import speculators
 from speculators import (
     Alternative,
     Checkpoint,
@@ -24,12 +23,12 @@ from speculators import (
     Derive,
     Facts,
     Keep,
+    LayeredConfig,
     Original,
     Refuse,
     Rename,
     Row,
     Shared,
-    SpeculatorConfig,
     Table,
     Verifier,
     Vllm,
@@ -122,7 +121,7 @@ class Eagle3Options(decoder.DraftOptions):
     )
 
 
-class Eagle3Config(SpeculatorConfig):
+class Eagle3Config(LayeredConfig):
     """The output type ``eagle3``, field for field as speculators 0.9 and vLLM know it."""
 
     speculators_model_type: Literal["eagle3"] = "eagle3"
@@ -157,7 +156,7 @@ class Eagle3Config(SpeculatorConfig):
         return self.target_hidden_size or self.transformer_layer_config.hidden_size
 
 
-class Eagle3(ConverterSpec):
+class Eagle3(ConverterSpec[Eagle3Config]):
     """EAGLE-3 and 3.1."""
 
     interface = 1
@@ -186,20 +185,17 @@ class Eagle3(ConverterSpec):
         """Sizes, draft vocabulary, norms and layer ids; see `speculators_eagle3.facts`."""
         return eagle3_facts.examine(TABLE, context)
 
-    def configure(self, context: Context, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
+    def configure(self, context: Context, facts: Facts) -> tuple[Eagle3Config, list[str]]:
         """Build the config of type ``eagle3``."""
-        dtype = decoder.draft_dtype(context)
-        layer, notes = decoder.layer_config(context, facts, dtype)
+        layer, notes = decoder.layer_config(context, facts)
         if facts.dims["naux"] != 3:
             # Where vLLM looks for it (vllm/model_executor/models/llama_eagle3.py); three is its default.
             layer = layer.model_copy(update={"num_aux_hidden_states": facts.dims["naux"]})
         config = Eagle3Config(
-            speculators_version=speculators.__version__,
-            speculators_config=decoder.speculators_block(context, "eagle3"),
+            **context.common_fields("eagle3"),
             transformer_layer_config=layer,
             draft_vocab_size=facts.dims["DV"],
             target_hidden_size=facts.dims["TH"],
-            dtype=dtype,
             norm_before_residual=eagle3_facts.flag(context, "norm_before_residual"),
             norm_before_fc="norm_before_fc" in facts.parts,
             fc_norm="fc_norm" in facts.parts,
@@ -208,33 +204,31 @@ class Eagle3(ConverterSpec):
         )
         return config, notes
 
-    def dims(self, config: SpeculatorConfig) -> Mapping[str, int]:
+    def dims(self, config: Eagle3Config) -> Mapping[str, int]:
         """Sizes of the layers, the draft vocabulary and the verifier's states."""
-        own = cast("Eagle3Config", config)
-        return decoder.config_dims(own.transformer_layer_config) | {
-            "DV": own.draft_vocab_size,
-            "TH": own.state_size,
-            "naux": own.state_count,
+        return decoder.config_dims(config.transformer_layer_config) | {
+            "DV": config.draft_vocab_size,
+            "TH": config.state_size,
+            "naux": config.state_count,
         }
 
-    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+    def parts(self, config: Eagle3Config) -> frozenset[str]:
         """Biases, norms before ``fc``, and the vocabulary maps unless the vocabulary is full."""
-        own = cast("Eagle3Config", config)
         flags = {
-            "norm_before_fc": own.norm_before_fc,
-            "fc_norm": own.fc_norm,
-            "draft_vocabulary": own.draft_vocab_size != own.transformer_layer_config.vocab_size,
+            "norm_before_fc": config.norm_before_fc,
+            "fc_norm": config.fc_norm,
+            "draft_vocabulary": config.draft_vocab_size != config.transformer_layer_config.vocab_size,
         }
         return frozenset(
-            decoder.config_parts(own.transformer_layer_config) | {part for part, on in flags.items() if on}
+            decoder.config_parts(config.transformer_layer_config) | {part for part, on in flags.items() if on}
         )
 
-    def state_layers(self, config: SpeculatorConfig, layers: int) -> tuple[int, ...]:
+    def state_layers(self, config: Eagle3Config, layers: int) -> tuple[int, ...]:
         """The layers that the config names, else those of the EAGLE-3 authors (``modeling_llama_kv.py``)."""
-        ids = cast("Eagle3Config", config).eagle_aux_hidden_state_layer_ids
+        ids = config.eagle_aux_hidden_state_layer_ids
         return tuple(ids) if ids else (2, layers // 2, layers - 3)
 
-    def inspect(self, converted: Checkpoint, config: SpeculatorConfig) -> list[str]:
+    def inspect(self, converted: Checkpoint, config: Eagle3Config) -> list[str]:
         """Whether the vocabulary maps agree with each other."""
         if "d2t" not in converted.tensors:
             return []
@@ -243,19 +237,18 @@ class Eagle3(ConverterSpec):
             converted.array("d2t"), converted.array("t2d"), config.draft_vocab_size, layer.vocab_size
         )
 
-    def alternatives(self, config: SpeculatorConfig, verifier: Verifier) -> list[Alternative]:
+    def alternatives(self, config: Eagle3Config, verifier: Verifier) -> list[Alternative]:
         """The other side of both flags that no tensor shows, other layers of the verifier, other rotary bases."""
-        own = cast("Eagle3Config", config)
         flags = [
-            Alternative(name, not getattr(own, name), own.model_copy(update={name: not getattr(own, name)}))
+            Alternative(name, not getattr(config, name), config.model_copy(update={name: not getattr(config, name)}))
             for name in ("norm_before_residual", "norm_output")
         ]
-        current = list(self.state_layers(own, verifier.num_layers))
+        current = list(self.state_layers(config, verifier.num_layers))
         layers = [
-            Alternative(eagle3_facts.LAYER_IDS, ids, own.model_copy(update={eagle3_facts.LAYER_IDS: ids}))
+            Alternative(eagle3_facts.LAYER_IDS, ids, config.model_copy(update={eagle3_facts.LAYER_IDS: ids}))
             for ids in eagle3_facts.other_layer_ids(current, verifier.num_layers)
         ]
-        return [*flags, *layers, *decoder.rope_alternatives(own, verifier)]
+        return [*flags, *layers, *decoder.rope_alternatives(config, verifier)]
 
     def original(self, context: Context, facts: Facts) -> Original:
         """The training code's model; see `speculators_eagle3.original`."""
@@ -278,11 +271,11 @@ class Eagle3(ConverterSpec):
             targets=vocabulary.original_targets(context.source, native),
         )
 
-    def build(self, config: SpeculatorConfig) -> nn.Module:
+    def build(self, config: Eagle3Config) -> nn.Module:
         """Build the draft model."""
         from speculators_eagle3.draft import Eagle3Draft
 
-        return Eagle3Draft(cast("Eagle3Config", config))
+        return Eagle3Draft(config)
 
 
 @hookimpl

@@ -80,7 +80,7 @@ def layer_ids(context: Context) -> list[int] | None:
 
 def said(context: Context, name: str) -> Any:
     """Return what a native config, or else the user, says about something that no tensor shows."""
-    return next(iter(decoder.stated(context, name)), getattr(context.options, name))
+    return next(iter(context.stated(name)), getattr(context.options, name))
 
 
 def other_layer_ids(current: list[int], layers: int) -> list[list[int]]:
@@ -167,7 +167,7 @@ def _norms(context: Context, config: dict[str, Any], parts: set[str], notes: lis
 def _hidden_flags(context: Context) -> list[str]:
     findings = []
     for name in HIDDEN_FLAGS:
-        said, given = decoder.stated(context, name), getattr(context.options, name)
+        said, given = context.stated(name), getattr(context.options, name)
         if len(said) > 1:
             findings.append(f"config.json says {name} both {said[0]!r} and {said[1]!r}; remove the one that is wrong")
         elif said and said != [[]] and given is not None and given != said[0]:

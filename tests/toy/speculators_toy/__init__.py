@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 import speculators
-from speculators import ConverterSpec, Facts, Options, Rename, SpeculatorConfig, Table, decoder, hookimpl
+from speculators import ConverterSpec, Facts, Options, Rename, SpeculatorConfig, Table, hookimpl
 
 
 class ToyOptions(Options):
@@ -27,7 +27,7 @@ class ToyConfig(SpeculatorConfig):
     squash: bool
 
 
-class Toy(ConverterSpec):
+class Toy(ConverterSpec[ToyConfig]):
     """Toy heads."""
 
     interface = 1
@@ -39,52 +39,34 @@ class Toy(ConverterSpec):
     options = ToyOptions
     config = ToyConfig
 
-    def recognises(self, source: Any) -> bool:
+    def recognises(self, source: speculators.Checkpoint) -> bool:
         return set(source.tensors) == {"toy.weight"}
 
-    def examine(self, context: Any) -> Facts:
+    def examine(self, context: speculators.Context) -> Facts:
         return Facts({"H": context.verifier.hidden_size})
 
-    def configure(self, context: Any, facts: Facts) -> tuple[SpeculatorConfig, list[str]]:
-        size = facts.dims["H"]
-        layer = speculators.DecoderLayerConfig(
-            vocab_size=context.verifier.vocab_size,
-            hidden_size=size,
-            intermediate_size=size,
-            num_hidden_layers=0,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=size,
-            hidden_act="tanh",
-            rms_norm_eps=1e-6,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            rope_theta=10000.0,
-            dtype="float32",
-        )
+    def configure(self, context: speculators.Context, facts: Facts) -> tuple[ToyConfig, list[str]]:
         config = ToyConfig(
-            speculators_version=speculators.__version__,
-            speculators_config=decoder.speculators_block(context, "toy"),
-            transformer_layer_config=layer,
-            draft_vocab_size=layer.vocab_size,
-            dtype="float32",
+            **context.common_fields("toy"),
+            draft_vocab_size=context.verifier.vocab_size,
+            target_hidden_size=facts.dims["H"],
             squash=context.options.squash,
         )
         return config, []
 
-    def dims(self, config: SpeculatorConfig) -> dict[str, int]:
-        return {"H": config.transformer_layer_config.hidden_size}
+    def dims(self, config: ToyConfig) -> dict[str, int]:
+        return {"H": config.target_hidden_size}
 
-    def parts(self, config: SpeculatorConfig) -> frozenset[str]:
+    def parts(self, config: ToyConfig) -> frozenset[str]:
         return frozenset()
 
-    def build(self, config: SpeculatorConfig) -> Any:
+    def build(self, config: ToyConfig) -> Any:
         import torch
 
         class ToyDraft(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.state_size = config.transformer_layer_config.hidden_size
+                self.state_size = config.target_hidden_size
                 self.linear = torch.nn.Linear(2 * self.state_size, self.state_size, bias=False)
 
             def combine(self, states: Any) -> Any:
