@@ -35,7 +35,7 @@ from speculators.rope import (
     rope_parameters,
     serving_positions,
 )
-from speculators.spec import Alternative, Context, Options
+from speculators.spec import Alternative, Context, Example, Options
 from speculators.table import Drop, Refuse, Rename, Row, Table
 from speculators.verifier import Verifier
 from speculators.weights import TensorInfo
@@ -421,3 +421,38 @@ def config_parts(layer: DecoderLayerConfig) -> set[str]:
         "mlp_bias": layer.mlp_bias,
     }
     return {part for part, present in declared.items() if present}
+
+
+EXAMPLE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+"""Keys in which the layer of an example is like those of its verifier."""
+
+
+def example(verifier: Verifier, parts: Iterable[str] = (), **more: Any) -> Example:
+    """Describe a checkpoint with one Llama layer like the verifier's; for `ConverterSpec.example`.
+
+    Args:
+        verifier: What `ConverterSpec.example` is given.
+        parts: The optional parts of the table that it has.
+        **more: Other symbols of the table, and what they stand for.
+    """
+    config = {key: verifier.text[key] for key in EXAMPLE_KEYS} | {"model_type": "llama", "num_hidden_layers": 1}
+    dims = {
+        "H": config["hidden_size"],
+        "I": config["intermediate_size"],
+        "V": config["vocab_size"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "L": 1,
+    }
+    return Example(config, dims | more, frozenset(parts))

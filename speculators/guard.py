@@ -101,6 +101,11 @@ def guarded(spec: ConverterSpec, origin: str) -> ConverterSpec:
     return cast("ConverterSpec", _Guarded(spec, origin))
 
 
+def unguarded(spec: ConverterSpec) -> ConverterSpec:
+    """Return what the plugin brought, to look at its class."""
+    return cast("_Guarded", spec)._spec if isinstance(spec, _Guarded) else spec
+
+
 class _Guarded:
     def __init__(self, spec: ConverterSpec, origin: str) -> None:
         self._spec = spec

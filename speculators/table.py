@@ -13,8 +13,9 @@ A table is data. Each row states one fact about one tensor, or about one tensor 
 
 Source patterns match whole names: ``(a|b)`` is either spelling (the first is the one training code
 uses), ``{1:L}`` runs over the numbers from 1 below ``L``, ``*`` is any one dotted part and ``**`` any
-stretch; the last two only in `Drop` and `Refuse`. Shapes are products of symbols, as in
-``"heads*head_dim, 2*H"``; what a symbol stands for is the algorithm's to say (`examine`).
+stretch; the last two only in `Drop` and `Refuse`. Where a name has several numbered places, its target has the
+same ones in the same order. Shapes are products of symbols, as in ``"heads*head_dim, 2*H"``; what a symbol
+stands for is the algorithm's to say (`examine`).
 
 Each tensor belongs to exactly one row. `Refuse` rows are looked at first, then `Drop` rows; after
 them two matching rows are an error in the table and none is an error to report, so the order of
@@ -25,7 +26,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +45,7 @@ _TOKEN = re.compile(r"\(([^()]*)\)|\{(\w+):(\w+)\}|(\*\*)|(\*)|([^(){}*]+)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*|\d+")
 
 MOST_NUMBERS = 1000
-"""What a numbered place runs to at most: more than there are layers in any draft, few enough to list."""
+"""How many tensors a row stands for at most: more than there are layers in any draft, few enough to list."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,6 @@ class Row:
             raise ValueError(f"row {self.source!r} -> {target!r}: a written tensor needs exact names")
         if _ranges(self.source) != _ranges(target):
             raise ValueError(f"row {self.source!r} -> {target!r}: the numbered places differ")
-        if len(_ranges(self.source)) > 1:
-            raise ValueError(f"row {self.source!r} has more than one numbered place")
 
     def check_shape(self, shape: str) -> None:
         """Reject a malformed shape."""
@@ -137,7 +138,7 @@ class Rename(Row):
 
     @property
     def bounds(self) -> tuple[str, ...]:
-        """The symbols that bound the row's numbered place."""
+        """The symbols that bound the row's numbered places."""
         return tuple(bound for bounds in _ranges(self.source) for bound in bounds if not bound.isdigit())
 
     def numbered(self, numbers: tuple[int, ...]) -> str:
@@ -149,19 +150,19 @@ class Rename(Row):
         return replace(self, source=self.target, derive=None)
 
     def expansions(self, dims: Mapping[str, int]) -> list[tuple[int, ...]]:
-        """List the numbers that the row's place runs over; one empty tuple without a place.
+        """List the numbers that the row's places run over, the last one fastest; one empty tuple without a place.
 
         Raises:
             KeyError: A symbol is not in ``dims``.
             ValueError: There are more than any draft has.
         """
-        ranges = _ranges(self.source)
-        if not ranges:
-            return [()]
-        ((start, stop),) = ranges
-        if (end := evaluate(stop, dims)) > MOST_NUMBERS:
-            raise ValueError(f"{stop} is {end}, at most {MOST_NUMBERS} can be converted")
-        return [(number,) for number in range(evaluate(start, dims), end)]
+        ranges = [range(evaluate(start, dims), evaluate(stop, dims)) for start, stop in _ranges(self.source)]
+        if math.prod(each.stop for each in ranges) > MOST_NUMBERS:
+            said = " times ".join(stop for _, stop in _ranges(self.source))
+            raise ValueError(
+                f"{said} is {math.prod(each.stop for each in ranges)}, at most {MOST_NUMBERS} can be converted"
+            )
+        return list(itertools.product(*ranges))
 
 
 def Keep(  # noqa: N802 - a row like the others
@@ -350,6 +351,17 @@ class Table:
             if not row.part or row.part in parts
             for numbers in row.expansions(dims)
         }
+
+    def native(self, target: str) -> str:
+        """Return the name that training code gives to what an output calls ``target``; the table read backwards.
+
+        Raises:
+            KeyError: No row writes it.
+        """
+        for row in self.moving:
+            if found := row.as_output().regex.fullmatch(target):
+                return fill(row.name, tuple(map(int, found.groups())))
+        raise KeyError(target)
 
     def pieces(self, target: str) -> tuple[Merge, ...]:
         """Return the rows of the tensors that make up ``target``, in order."""

@@ -88,9 +88,27 @@ def test_a_range_that_starts_elsewhere_than_at_0_or_1_is_refused_where_it_is_wri
         Drop(pattern, why="not needed")
 
 
-def test_a_written_row_with_two_numbered_places_is_refused_where_it_is_written() -> None:
-    with pytest.raises(ValueError, match="numbered place"):
-        Rename("layers.{0:L}.experts.{0:E}.weight", "blocks.{0:L}.experts.{0:E}.weight", "H")
+def test_a_row_may_run_over_several_numbers() -> None:
+    row = Rename("layers.{0:L}.experts.{0:E}.weight", "blocks.{0:L}.experts.{0:E}.weight", "H")
+
+    found = row.regex.fullmatch("layers.10.experts.2.weight")
+
+    assert found is not None
+    assert row.numbered(tuple(map(int, found.groups()))) == "blocks.10.experts.2.weight"
+    assert row.expansions({"L": 2, "E": 3}) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(ValueError, match="L times E is 2000, at most 1000 can be converted"):
+        row.expansions({"L": 40, "E": 50})
+
+
+def test_a_table_is_read_backwards() -> None:
+    table = Table(
+        (Rename("(midlayer|layers.0).norm.weight", "layers.0.norm.weight", "H"), Keep("fc.{0:n}.weight", "H"))
+    )
+
+    assert table.native("layers.0.norm.weight") == "midlayer.norm.weight"
+    assert table.native("fc.12.weight") == "fc.12.weight"
+    with pytest.raises(KeyError, match="midlayer"):
+        table.native("midlayer.norm.weight")
 
 
 @pytest.mark.parametrize(

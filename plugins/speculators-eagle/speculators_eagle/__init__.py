@@ -12,6 +12,7 @@ module.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -21,6 +22,7 @@ from speculators import (
     Checkpoint,
     Context,
     ConverterSpec,
+    Example,
     Facts,
     LayeredConfig,
     Original,
@@ -159,6 +161,11 @@ class Eagle(ConverterSpec[EagleConfig]):
         from speculators_eagle.draft import EagleDraft
 
         return EagleDraft(config)
+
+    def example(self, verifier: Verifier) -> Example:
+        """A head with a fusion bias."""
+        made = decoder.example(verifier, ["fusion_bias"])
+        return replace(made, optional=frozenset({"fc.bias"}))
 
 
 def is_eagle(source: Checkpoint) -> bool:

@@ -10,6 +10,7 @@ SpecForge; for ``input_norm`` (``norm_before_fc``) and the names ``layers.{i}`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +22,7 @@ from speculators import (
     Context,
     ConverterSpec,
     Derive,
+    Example,
     Facts,
     Keep,
     LayeredConfig,
@@ -276,6 +278,19 @@ class Eagle3(ConverterSpec[Eagle3Config]):
         from speculators_eagle3.draft import Eagle3Draft
 
         return Eagle3Draft(config)
+
+    def example(self, verifier: Verifier) -> Example:
+        """A head with a draft vocabulary of the verifier's first and last tokens."""
+        import numpy as np
+
+        made, size = decoder.example(verifier, ["draft_vocabulary"], naux=3, DV=32, TH=verifier.hidden_size), 32
+        known = np.r_[0 : size // 2, verifier.vocab_size - size // 2 : verifier.vocab_size]
+        tensors = {
+            "d2t": known - np.arange(size),
+            "t2d": np.isin(np.arange(verifier.vocab_size), known),
+            "lm_head.weight": np.random.default_rng(0).standard_normal((size, verifier.hidden_size), np.float32),
+        }
+        return replace(made, tensors=tensors, optional=frozenset({"d2t", "t2d"}))
 
 
 @hookimpl

@@ -7,7 +7,7 @@ HASS head cannot be told from an EAGLE head, and converts identically.
 
 from __future__ import annotations
 
-from speculators import Checkpoint, ConverterSpec, hookimpl
+from speculators import Checkpoint, ConverterSpec, Example, Verifier, decoder, hookimpl
 from speculators_eagle import Eagle, has_layernorms, is_eagle
 
 
@@ -22,6 +22,10 @@ class Hass(Eagle):
     def recognises(self, source: Checkpoint) -> bool:
         """EAGLE's modules with the norms, the variant that can be told from EAGLE."""
         return is_eagle(source) and has_layernorms(source)
+
+    def example(self, verifier: Verifier) -> Example:
+        """A head with the three norms."""
+        return decoder.example(verifier, ["layernorms"])
 
 
 @hookimpl

@@ -1,0 +1,663 @@
+"""Check that a plugin keeps what the interface promises: everything that can be told from one tiny checkpoint.
+
+Each check is a function of a `Bench`, which raises `NonconformanceError` with what is wrong and what to do.
+`speculators.testing` runs them as tests, ``speculators plugins check`` on an installed plugin's own example.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speculators import examples
+from speculators.checkpoint import Checkpoint
+from speculators.convert import ConversionResult, convert_model, prepare
+from speculators.errors import CheckpointError, PluginError, SpeculatorsError, described
+from speculators.guard import shown, unguarded
+from speculators.output import CONFIG_FILE
+from speculators.registry import Algorithm, Registry
+from speculators.spec import ConverterSpec
+from speculators.table import symbols
+from speculators.verifier import Verifier
+from speculators.weights import TensorInfo, read
+from speculators.writer import Payload, write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from speculators.config import SpeculatorConfig
+    from speculators.convert import Conversion
+    from speculators.draft import Draft
+
+TOLERANCE = 1e-4
+"""Largest difference to reference outputs over the largest value, in float32."""
+
+REFERENCE = ("draft_input_ids", "verifier_hidden_states", "draft_logits")
+"""Tensors that a file of reference outputs must hold; see `check_reference`."""
+
+Tensors = Mapping[str, tuple[TensorInfo, bytes]]
+
+
+class NonconformanceError(AssertionError):
+    """A plugin does not keep a promise; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check; ``detail`` says what is wrong."""
+
+    check: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass
+class Bench:
+    """A plugin, a native checkpoint that it should convert, and a place to work.
+
+    Args:
+        name: The algorithm.
+        folder: An empty folder.
+        checkpoint: The native checkpoint; what the plugin's `ConverterSpec.example` describes by default.
+        verifier: Its base model; the one that examples are made for by default.
+        options: Keyword arguments of the algorithm.
+        reference: A safetensors file with outputs of the original code.
+        optional: Source names of tensors without which the checkpoint is another draft, but a valid one.
+        dropped: Source names of tensors that are no part of the draft.
+        registry: Where to look for algorithms; the installed plugins by default.
+    """
+
+    name: str
+    folder: Path
+    checkpoint: Path | None = None
+    verifier: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Path | None = None
+    optional: Collection[str] = ()
+    dropped: Collection[str] = ()
+    registry: Registry = field(default_factory=Registry)
+
+    def __post_init__(self) -> None:
+        """Keep the folder's real name, as faults are told by paths."""
+        self.folder = self.folder.resolve()
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The plugin, loaded."""
+        return self.registry.get(self.name)
+
+    @property
+    def spec(self) -> ConverterSpec:
+        """What the plugin brings."""
+        return self.algorithm.spec
+
+    @cached_property
+    def places(self) -> tuple[Path, Path]:
+        """Folders of the native checkpoint and its verifier, which are made if none were given."""
+        if self.checkpoint is not None:
+            base = self.verifier or examples.write_verifier(self.folder / "verifier")
+            return self.checkpoint, base
+        draft, base, example = examples.write_example(self.spec, self.folder)
+        self.optional = {*self.optional, *example.optional}
+        return draft, self.verifier or base
+
+    @cached_property
+    def source(self) -> Checkpoint:
+        """The native checkpoint."""
+        return Checkpoint(self.places[0])
+
+    @cached_property
+    def base(self) -> Verifier:
+        """The verifier."""
+        return Verifier(self.places[1])
+
+    def prepare(self) -> Conversion:
+        """Decide everything about the conversion, and write nothing."""
+        return prepare(
+            self.source,
+            self.base,
+            algorithm=self.name,
+            dtype=None,
+            registry=self.registry,
+            algorithm_kwargs=dict(self.options),
+        )
+
+    def convert(self, output: Path, source: Path | None = None, **more: Any) -> ConversionResult:
+        """Convert the checkpoint, or another one, without validation."""
+        return convert_model(
+            source or self.places[0],
+            verifier=self.places[1],
+            algorithm=self.name,
+            output_path=output,
+            validate=False,
+            registry=self.registry,
+            **more,
+            **self.options,
+        )
+
+    @cached_property
+    def converted(self) -> ConversionResult:
+        """The checkpoint, converted."""
+        return self.convert(self.folder / "converted")
+
+    @cached_property
+    def output(self) -> Checkpoint:
+        """What was written."""
+        return Checkpoint(self.converted.output_path)
+
+    @cached_property
+    def config(self) -> SpeculatorConfig:
+        """The config that was written, read back."""
+        config: SpeculatorConfig = self.spec.config.read(self.output.config)
+        return config
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[TensorInfo, bytes]]:
+        """All tensors of the native checkpoint."""
+        return contents(self.source)
+
+    def damaged(self, folder: Path, tensors: Tensors) -> Path:
+        """Write the native checkpoint with other tensors into a new folder."""
+        folder.mkdir()
+        shutil.copy(self.places[0] / CONFIG_FILE, folder)
+        write_safetensors(folder, (Payload(name, info, [memoryview(data)]) for name, (info, data) in tensors.items()))
+        return folder
+
+    def in_a_new_process(self, code: str, *arguments: str, **environment: str) -> str:
+        """Run Python code that sees the same packages, and return what it prints."""
+        path = os.pathsep.join(filter(None, sys.path))
+        ran = subprocess.run(  # noqa: S603 - this interpreter, and code from this module
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"PYTHONPATH": path} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            raise NonconformanceError(f"in a process of its own: {ran.stderr.strip().splitlines()[-1]}")
+        return ran.stdout
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, bytes]]:
+    """Read every tensor of a small checkpoint."""
+    return {name: (info, bytes(read(checkpoint.stretch(name)))) for name, info in checkpoint.tensors.items()}
+
+
+def require(fits: bool, message: str) -> None:
+    """Raise what is wrong.
+
+    Raises:
+        NonconformanceError: Where something does not fit.
+    """
+    if not fits:
+        raise NonconformanceError(message)
+
+
+def check_found(bench: Bench) -> None:
+    """The registry finds the plugin under its name, and nothing keeps it from being used."""
+    require(bench.spec.name == bench.name, f"{bench.name!r} is an alias; the algorithm is called {bench.spec.name!r}")
+
+
+def check_described(bench: Bench) -> None:
+    """Users are told what it is: summary, reference, every option; no member is misspelt."""
+    spec, owner = bench.spec, type(unguarded(bench.spec))
+    where = owner.__qualname__
+    require(bool(spec.summary.strip()) and "\n" not in spec.summary, f"{where}.summary must be one line")
+    require(spec.reference.startswith(("https://", "http://")), f"{where}.reference must be the URL of a paper or code")
+    for name, option in spec.options.model_fields.items():
+        require(bool(option.description), f"the option {name!r} has no description, which --list-algorithms shows")
+    known = {name for name in (*vars(ConverterSpec), *ConverterSpec.__annotations__) if not name.startswith("_")}
+    own = {name for each in owner.__mro__ if not issubclass(ConverterSpec, each) for name in vars(each)}
+    for name in sorted(own - known):
+        meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        require(not meant, f"{where}.{name} is no member of a spec, and nothing calls it; {''.join(meant)} is meant?")
+
+
+LOADING = """
+import sys
+from speculators.registry import Registry
+Registry().get(sys.argv[1])
+print(*sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+
+
+def check_light(bench: Bench) -> None:
+    """Importing the plugin imports neither torch nor transformers, which would slow every command down."""
+    heavy = bench.in_a_new_process(LOADING, bench.name).split()
+    require(
+        not heavy,
+        f"importing the plugin imports {' and '.join(heavy)}; import it in build() and in operations, or in a module "
+        "that only these import",
+    )
+
+
+def check_recognised(bench: Bench) -> None:
+    """``--algorithm auto`` finds it for its own checkpoint."""
+    require(
+        bench.spec.recognises(bench.source),
+        f"recognises() says no to {bench.source.name}, with the tensors {', '.join(list(bench.source.tensors)[:4])}",
+    )
+
+
+def check_distinct(bench: Bench) -> None:
+    """It takes no other family's checkpoint for its own, nor a base model, and no other plugin takes its own."""
+    require(not bench.spec.recognises(bench.base.checkpoint), "recognises() says yes to a base model")
+    for other in bench.registry.algorithms:
+        if other.spec.name == bench.name:
+            continue
+        require(
+            not other.spec.recognises(bench.source),
+            f"{other.spec.name} ({other.origin}) recognises this checkpoint, too, so 'auto' cannot choose",
+        )
+        folder = bench.folder / f"of-{other.spec.name}"
+        if other.spec.example(Verifier(examples.write_verifier(folder / "base"))) is None:
+            continue
+        draft, _, _ = examples.write_example(other.spec, folder / "example")
+        require(
+            not bench.spec.recognises(Checkpoint(draft)),
+            f"recognises() says yes to a checkpoint of {other.spec.name} ({other.origin})",
+        )
+
+
+def check_accounted(bench: Bench) -> None:
+    """Every tensor goes somewhere, and none is dropped but those that are no part of the draft."""
+    result, conversion = bench.converted, bench.prepare()
+    lost = bench.source.tensors.keys() - result.renamed.keys() - result.reworked.keys() - result.dropped.keys()
+    used = {name for made in conversion.derivations for name in made.sources}
+    moves = conversion.context.matching.moves
+    shared = {moves[target].source for target in conversion.from_verifier if target in moves}
+    require(lost <= used, f"{', '.join(sorted(lost - used))}: neither written nor dropped")
+    for name in sorted(result.dropped.keys() - shared - {*bench.dropped}):
+        advice = "if it is no part of the draft, list it in 'dropped'"
+        raise NonconformanceError(f"{name} is dropped ({result.dropped[name]}); {advice}")
+    made = {*result.renamed.values(), *(each for several in result.reworked.values() for each in several)}
+    invented = bench.output.tensors.keys() - made - result.completed.keys()
+    require(not invented, f"{', '.join(sorted(invented))}: written, and nothing says what from")
+
+
+def check_unchanged(bench: Bench) -> None:
+    """What is read back has the source's bits, dtypes and shapes."""
+    written = contents(bench.output)
+    for source, target in bench.converted.renamed.items():
+        require(written.get(target) == bench.tensors[source], f"{target} is not, bit for bit, {source}")
+    for made in bench.prepare().derivations:
+        if made.reworks and len(made.sources) > 1:
+            joined = b"".join(bench.tensors[name][1] for name in made.sources)
+            require(written[made.target][1] == joined, f"{made.target} is not {' and '.join(made.sources)} joined")
+
+
+CONVERTING = """
+import json, sys
+from speculators.convert import convert_model
+convert_model(**json.loads(sys.argv[1]))
+"""
+
+
+def check_reproducible(bench: Bench) -> None:
+    """The same checkpoint gives the same bytes, in another process with another order of sets, too."""
+    again = bench.folder / "again"
+    arguments = {
+        "model": str(bench.places[0]),
+        "verifier": str(bench.places[1]),
+        "algorithm": bench.name,
+        "output_path": str(again),
+        "validate": False,
+        **bench.options,
+    }
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    first = bench.converted.output_path
+    bench.in_a_new_process(CONVERTING, json.dumps(arguments), PYTHONHASHSEED=seed)
+    for path in sorted(first.iterdir()):
+        require(
+            (again / path.name).read_bytes() == path.read_bytes(),
+            f"{path.name} differs between two conversions: something in it depends on time, chance or a set's order",
+        )
+
+
+def check_round_trip(bench: Bench) -> None:
+    """The config is read back as it was written, and gives the sizes and parts that it was written for."""
+    text = (bench.converted.output_path / CONFIG_FILE).read_text()
+    facts, spec, schema = bench.prepare().facts, bench.spec, bench.spec.config.__name__
+    require(bench.config.to_json() == text, f"{schema} changes what it reads: {_changed(text, bench.config.to_json())}")
+    dims = spec.dims(bench.config)
+    used = {symbol for row in spec.table.moving for symbol in (*symbols(row.shape), *row.bounds)}
+    for symbol in sorted(used & facts.dims.keys()):
+        require(symbol in dims, f"dims() of the written config has no {symbol}, which the table uses")
+        require(
+            dims[symbol] == facts.dims[symbol],
+            f"examine() says {symbol} is {facts.dims[symbol]}, dims() of the written config {dims[symbol]}",
+        )
+    told, kept = sorted(facts.parts & {*spec.table.parts}), sorted(spec.parts(bench.config))
+    require(told == kept, f"examine() finds the parts {told}, parts() of the written config {kept}")
+    other = {**bench.output.config, "speculators_model_type": "something-else"}
+    try:
+        spec.config.read(other)
+    except CheckpointError:
+        return
+    raise NonconformanceError(f"{schema} reads configs of any type; narrow speculators_model_type to a Literal")
+
+
+def _changed(before: str, after: str) -> str:
+    old, new = json.loads(before), json.loads(after)
+    names = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    return ", ".join(f"{key} {shown(old.get(key))} becomes {shown(new.get(key))}" for key in names) or "its layout"
+
+
+def check_strict(bench: Bench) -> None:
+    """Misspelt and ill-typed options are refused, and the defaults are what a user could have given."""
+    schema = bench.spec.options
+    for name, option in schema.model_fields.items():
+        require(_refuses(schema, {f"{name}s": 1}), f"{schema.__name__} takes the misspelt option '{name}s'")
+        default = option.get_default(call_default_factory=True)
+        fits = option.is_required() or not _refuses(schema, {name: default})
+        require(fits, f"the default of the option {name!r} is {shown(default)}, which the option does not take")
+        kinds = json.dumps(schema.model_json_schema()["properties"].get(name, {}))
+        lax = '"string"' not in kinds and not (_refuses(schema, {name: "1"}) and _refuses(schema, {name: "true"}))
+        require(not lax, f"the option {name!r} takes text for {option.annotation}; keep the schema strict")
+    require(_refuses(schema, {"no_such_option": 1}), f"{schema.__name__} takes an option that there is not")
+
+
+def _refuses(schema: Any, given: Mapping[str, Any]) -> bool:
+    from pydantic import ValidationError
+
+    try:
+        schema.model_validate(given)
+    except ValidationError:
+        return True
+    return False
+
+
+def check_forward(bench: Bench) -> None:
+    """The converted draft runs, and computes what its source computes in the plugin's own words (`original`)."""
+    from speculators.validation import check
+
+    report = check(bench.output, bench.spec, bench.base, conversion=bench.prepare())
+    failed = [f"{each.name}: {each.detail}" for each in report.checks if not each.passed]
+    require(not failed, "; ".join(failed))
+
+
+def check_reference(bench: Bench) -> None:
+    """The converted draft computes what the original code computed, where its outputs are given.
+
+    The file holds ``draft_input_ids`` ``[B, T]`` int64, the tokens that follow those of the states,
+    ``verifier_hidden_states`` ``[B, T, S]`` and ``draft_logits`` ``[B, T, DV]`` or ``[B, T, K, DV]``; and, if the
+    original tells them, ``draft_hidden_states`` ``[B, T, H]`` and ``draft_token_ids``, the verifier's ids of the
+    likeliest tokens, shaped like the logits without their last dimension.
+    """
+    if bench.reference is None:
+        return
+    from safetensors.torch import load_file
+
+    from speculators.draft import of_source
+
+    expected = load_file(bench.reference)
+    lacking = [name for name in REFERENCE if name not in expected]
+    require(not lacking, f"{bench.reference} lacks {', '.join(lacking)}")
+    drafts = {"the output": _draft(bench), "the source": of_source(bench.prepare(), dtype="float32")}
+    for what, draft in drafts.items():
+        wrong = _differs(draft, expected)
+        require(not wrong, f"{wrong} than the original code, computed from {what}{_hint(bench, expected)}")
+
+
+def _draft(bench: Bench, config: SpeculatorConfig | None = None) -> Draft:
+    from speculators.draft import of_output
+
+    return of_output(bench.output, config or bench.config, bench.spec, bench.base, dtype="float32")
+
+
+def _differs(draft: Draft, expected: Mapping[str, Tensor]) -> str:
+    from speculators.parity import relative
+
+    hidden, logits = draft.run(expected["draft_input_ids"], expected["verifier_hidden_states"])
+    if logits is None:
+        return "there are no logits, as no file holds the LM head, other"
+    found = {"draft_logits": logits, "draft_hidden_states": hidden}
+    for name in sorted(found.keys() & expected.keys()):
+        if not (off := relative(found[name], expected[name])) <= TOLERANCE:
+            return f"{name} are other (by {off:.2g} of the largest value)"
+    if "draft_token_ids" in expected:
+        tokens = logits.argmax(-1).cpu().apply_(draft.target_id)
+        if wrong := int((tokens != expected["draft_token_ids"]).sum()):
+            return f"{wrong} of {tokens.numel()} draft_token_ids are other"
+    return ""
+
+
+def _hint(bench: Bench, expected: Mapping[str, Tensor]) -> str:
+    """Name another value of an option with which the outputs would be right."""
+    for other in bench.spec.alternatives(bench.config, bench.base):
+        if not _differs(_draft(bench, other.config), expected):
+            value = f"{other.option}={json.dumps(other.value)}"
+            return f"; with {value} they are equal, so its default or configure() is wrong"
+    return ""
+
+
+def check_essential(bench: Bench) -> None:
+    """Every parameter of the draft counts: whichever is changed, something else is computed."""
+    import torch
+
+    from speculators import parity
+
+    draft = _draft(bench)
+    batch = parity.batches(bench.base.vocab_size, bench.config.positions or bench.base.max_positions or 0)[0]
+    states = batch.states(draft.layers, draft.state_size)
+
+    def computed() -> list[Tensor]:
+        hidden, head_input = draft.forward(batch.tokens, draft.combine(states), batch.positions)
+        logits = draft.logits(head_input)
+        return [hidden, head_input, *([] if logits is None else [logits])]
+
+    with torch.no_grad():
+        before = computed()
+        for name, parameter in draft.model.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(kept + 0.5 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(0)))
+            same = all(map(torch.equal, before, computed()))
+            parameter.copy_(kept)
+            require(not same, f"{name} is loaded, but the forward computes the same whatever it holds")
+
+
+def check_damage(bench: Bench) -> None:
+    """A tensor that is missing, misnamed or of another shape is refused, before anything is written."""
+    lost = {*bench.optional, *bench.dropped}
+    for name, (info, data) in bench.tensors.items():
+        rest = {key: value for key, value in bench.tensors.items() if key != name}
+        longer = TensorInfo(info.dtype, (info.shape[0] + 1, *info.shape[1:]) if info.shape else (2,))
+        longer_data = data + bytes(longer.nbytes - len(data))
+        if name not in lost:
+            advice = "; if that is a draft of its own, list it in 'optional'"
+            _refused(bench, rest, f"the checkpoint without {name} is converted all the same{advice}")
+        if name not in bench.dropped:
+            what = f"{name} of shape {list(longer.shape)} in place of {list(info.shape)} is converted all the same"
+            _refused(bench, {**rest, name: (longer, longer_data)}, what)
+        other = f"{name}_misnamed"
+        _refused(bench, {**rest, other: (info, data)}, f"the checkpoint with {other} in place of {name} is converted")
+
+
+def _refused(bench: Bench, tensors: Tensors, message: str) -> None:
+    place = bench.folder / "damage"
+    source = bench.damaged(place, tensors)
+    (place / "place").mkdir()
+    try:
+        bench.convert(place / "place" / "out", source)
+    except PluginError:
+        raise
+    except SpeculatorsError:
+        left = [path.name for path in (place / "place").iterdir()]
+        require(not left, f"a refused checkpoint leaves {', '.join(left)} behind")
+        return
+    finally:
+        shutil.rmtree(place)
+    raise NonconformanceError(message)
+
+
+def check_reversible(bench: Bench) -> None:
+    """The table, read backwards, leads from every output name to the source's."""
+    native = bench.prepare().context.matching.native
+    for source, target in bench.converted.renamed.items():
+        name = bench.spec.table.native(target)
+        require(
+            native.get(name) == source,
+            f"the table writes {source} as {target}, and reads that back as {native.get(name, name)}",
+        )
+
+
+CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
+"""Audit events of calls that change a folder; opening for writing is told by its flags."""
+
+
+@dataclass
+class _Disk:
+    """A disk that may be full at one change of a folder; Python's audit events tell of each before it is made."""
+
+    folder: Path
+    full_at: int | None = None
+    changes: int = 0
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if not writes and event not in CHANGING:
+            return
+        path = arguments[0]
+        if not isinstance(path, str | bytes | os.PathLike) or not self._holds(os.fsdecode(path)):
+            return
+        self.changes += 1
+        if self.changes == self.full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
+
+    def _holds(self, path: str) -> bool:
+        return not Path(path).is_absolute() or Path(path).is_relative_to(self.folder)
+
+
+_disks: list[_Disk] = []
+
+
+def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+    for disk in _disks:
+        disk.hear(event, arguments)
+
+
+@contextmanager
+def _disk(folder: Path, full_at: int | None = None) -> Iterator[_Disk]:
+    if not vars(_Disk).get("heard"):
+        sys.addaudithook(_hear)  # for good, as Python takes none back
+        _Disk.heard = True  # type: ignore[attr-defined]
+    disk = _Disk(folder, full_at)
+    _disks.append(disk)
+    try:
+        yield disk
+    finally:
+        _disks.remove(disk)
+
+
+def check_whole(bench: Bench) -> None:
+    """Wherever the disk is full, what stood at the output path still stands, or the new output does, whole."""
+    new = _files(bench.converted.output_path)
+    earlier = bench.convert(bench.folder / "earlier", dtype="bfloat16").output_path
+    old, number = _files(earlier), 0
+    while True:
+        number += 1
+        place = bench.folder / "full"
+        shutil.copytree(earlier, place / "out")
+        with _disk(place, number) as disk:
+            try:
+                bench.convert(place / "out", overwrite=True)
+            except PluginError:
+                raise
+            except (SpeculatorsError, OSError):
+                pass
+        found = _files(place / "out")
+        require(
+            found in (old, new), f"a full disk at change {number} leaves half an output: {', '.join(sorted(found))}"
+        )
+        bench.convert(place / "out", overwrite=True)
+        left = sorted(path.name for path in place.iterdir())
+        require(
+            _files(place / "out") == new and left == ["out"], f"after a full disk at change {number}, {left} is left"
+        )
+        shutil.rmtree(place)
+        if disk.changes < number:
+            return
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A promise, and the function that tells whether a plugin keeps it.
+
+    Attributes:
+        name: What verdicts and tests call it.
+        run: Raises what is wrong.
+        native: Whether it needs a native checkpoint.
+    """
+
+    name: str
+    run: Callable[[Bench], None]
+    native: bool = True
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as one sentence."""
+        return (self.run.__doc__ or "").splitlines()[0]
+
+
+CHECKS = (
+    Check("found", check_found, native=False),
+    Check("described", check_described, native=False),
+    Check("light", check_light, native=False),
+    Check("strict options", check_strict, native=False),
+    Check("recognised", check_recognised),
+    Check("distinct", check_distinct),
+    Check("accounted", check_accounted),
+    Check("unchanged", check_unchanged),
+    Check("reproducible", check_reproducible),
+    Check("config round trip", check_round_trip),
+    Check("reversible table", check_reversible),
+    Check("forward", check_forward),
+    Check("reference", check_reference),
+    Check("essential", check_essential),
+    Check("damage", check_damage),
+    Check("whole", check_whole),
+)
+"""All checks, in the order in which their failures are best read."""
+
+
+def examine(bench: Bench, *, native: bool = True) -> list[Finding]:
+    """Run all checks; one that cannot be made for a reason that was told already only refers to it.
+
+    Args:
+        bench: What to check.
+        native: Whether there is a native checkpoint to check with.
+    """
+    findings: list[Finding] = []
+    told: dict[str, str] = {}
+    for check in CHECKS:
+        if check.native and not native:
+            continue
+        try:
+            check.run(bench)
+        except (NonconformanceError, SpeculatorsError) as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever a plugin makes of its own data
+            reason = described(error)
+        else:
+            findings.append(Finding(check.name, True))
+            continue
+        findings.append(Finding(check.name, False, f"as {told[reason]!r}" if reason in told else reason))
+        told.setdefault(reason, check.name)
+        if check.run is check_found:
+            break
+    return findings
