@@ -128,5 +128,9 @@ def __getattr__(name: str) -> Any:
     if name == "decoder":
         return importlib.import_module("speculators.decoder")
     if name not in _HOMES:
+        deprecation = importlib.import_module("speculators.deprecation")
+        if replacement := deprecation.NAMES.get(name):
+            deprecation.warn(f"speculators.{name}", replacement)
+            return __getattr__(replacement.instead.removeprefix("speculators."))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"speculators.{_HOMES[name]}"), name)

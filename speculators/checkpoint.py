@@ -80,12 +80,16 @@ _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 class Checkpoint:
     """A draft or verifier as its training code left it.
 
-    Its ``name`` is what messages call it, its ``config`` what ``config.json`` holds, and ``place`` where its files lie.
     Opening one reads ``config.json``; a weight file is opened when a tensor of it is first asked for.
 
     Args:
         place: The folder with its files, or a local path: a folder, or one weight file with its
             ``config.json`` beside it.
+
+    Attributes:
+        name: What messages call it.
+        config: What ``config.json`` holds: keys and values of any kind, as a stranger wrote them.
+        place: Where its files lie.
 
     Raises:
         CheckpointError: There is no readable ``config.json``.
@@ -260,11 +264,20 @@ class Checkpoint:
         return {name: self.info(name) for name in sorted(self._homes)}
 
     def holds(self, name: str) -> bool:
-        """Tell whether a tensor is stored, without opening the files that an index speaks for."""
+        """Tell whether a tensor is stored, without opening the files that an index speaks for.
+
+        Raises:
+            CheckpointError: There are no weights, or a file is damaged.
+        """
         return name in self._homes
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of one tensor, opening just the file that holds it."""
+        """Return dtype and shape of one tensor, opening just the file that holds it.
+
+        Raises:
+            KeyError: There is no such tensor.
+            CheckpointError: The file is missing or damaged.
+        """
         return self._file(self._homes[name]).tensors[name]
 
     def digests(self, stopped: Event) -> dict[str, Digest]:
@@ -296,23 +309,51 @@ class Checkpoint:
         return self.place.file is not None or any(True for _ in self._candidates())
 
     def stretch(self, name: str, start: int = 0, stop: int | None = None) -> Extent | memoryview:
-        """Return bytes ``start`` to ``stop`` of a tensor, or where they lie if a file holds them in one piece."""
+        """Return bytes ``start`` to ``stop`` of a tensor, or where they lie if a file holds them in one piece.
+
+        They are in row-major little-endian order. An operation (`Derive`) may yield what this returns as a chunk.
+
+        Args:
+            name: The tensor.
+            start: First byte.
+            stop: First byte that is not meant; the end of the tensor by default.
+
+        Raises:
+            KeyError: There is no such tensor.
+            CheckpointError: The file is missing or damaged.
+        """
         file = self._file(self._homes[name])
         return file.stretch(name, start, file.tensors[name].nbytes if stop is None else stop)
 
     def rows(self, name: str, start: int, stop: int) -> bytes | memoryview:
-        """Return the bytes of rows ``start`` to ``stop`` of a tensor."""
+        """Return the bytes of rows ``start`` to ``stop`` of a tensor, those along its first dimension.
+
+        Raises:
+            KeyError: There is no such tensor.
+            CheckpointError: The file is missing or damaged.
+        """
         info = self.info(name)
         size = info.nbytes // max(1, info.shape[0])
         return read(self.stretch(name, start * size, stop * size))
 
     def array(self, name: str) -> NDArray[Any]:
-        """Return a small tensor as a numpy array."""
+        """Return a small tensor as a numpy array of its shape; bfloat16 becomes the equal float32 values.
+
+        Raises:
+            KeyError: There is no such tensor.
+            ValueError: It holds eight-bit floats, which numpy does not know.
+            CheckpointError: The file is missing or damaged.
+        """
         info = self.info(name)
         return dtypes.array(read(self.stretch(name)), info.dtype).reshape(info.shape)
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in."""
+        """Return a tensor, or its rows from ``rows[0]`` to ``rows[1]``, in the dtype it is stored in; imports torch.
+
+        Raises:
+            KeyError: There is no such tensor.
+            CheckpointError: The file is missing or damaged.
+        """
         info = self.info(name)
         start, stop = rows or (0, info.shape[0] if info.shape else 1)
         data = self.rows(name, start, stop) if info.shape else read(self.stretch(name))

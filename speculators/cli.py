@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,8 +23,9 @@ from speculators.errors import ENVIRONMENT, SpeculatorsError, ValidationError, i
 from speculators.progress import on_terminal
 
 if TYPE_CHECKING:
+    from speculators.conformance import Finding
     from speculators.convert import ConversionResult
-    from speculators.registry import Algorithm, Registry
+    from speculators.registry import Algorithm, Registry, Standing
     from speculators.validation import Report
 
 
@@ -301,10 +303,23 @@ def validate(
         raise SystemExit(ValidationError.exit_code)
 
 
-@cli.command()
+@cli.group(
+    invoke_without_command=True,
+    epilog="""\b
+Examples:
+  speculators plugins
+  speculators plugins check eagle3
+  speculators plugins new my-heads
+""",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
-def plugins(as_json: bool) -> None:
+@click.pass_context
+def plugins(ctx: click.Context, as_json: bool) -> None:
     """List all installed plugins, also broken ones, and where they come from."""
+    if ctx.invoked_subcommand is not None:
+        if as_json:
+            raise click.UsageError(f"--json belongs behind {ctx.invoked_subcommand}, where that takes it")
+        return
     from dataclasses import asdict
 
     from speculators.discovery import unreadable
@@ -321,6 +336,77 @@ def plugins(as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo(printable("\n".join([*_describe_plugins(registry), *damaged])))
+
+
+_single = copy(plugins)
+_single.hidden = True
+cli.add_command(_single, "plugin")  # as one says with the name of one plugin behind it
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def check(name: str, as_json: bool) -> None:
+    """Check whether the installed plugin NAME keeps what the interface promises, on the example that it brings."""
+    import tempfile
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from speculators import conformance
+    from speculators.registry import Registry
+
+    registry = Registry()
+    plugin = registry.standing(name)
+    with tempfile.TemporaryDirectory() as folder:
+        findings = conformance.examine(conformance.Bench(plugin.name, Path(folder), registry=registry))
+    passed = all(finding.passed for finding in findings)
+    if as_json:
+        facts = {"plugin": asdict(plugin), "passed": passed, "checks": [asdict(finding) for finding in findings]}
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        click.echo(printable("\n".join(_describe_verdict(plugin, findings))))
+    if not passed:
+        raise SystemExit(ValidationError.exit_code)
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--output-path", default="example", show_default=True, help="Folder of draft and verifier.")
+def example(name: str, output_path: str) -> None:
+    """Write the tiny checkpoint that the plugin NAME brings as an example, and its verifier, to try conversions."""
+    from speculators.examples import place_example
+    from speculators.registry import Registry
+
+    draft, verifier = place_example(Registry().get(name).spec, output_path)
+    click.echo(
+        f"Wrote {draft} and {verifier}; convert them with\n    speculators convert {draft} --verifier {verifier}"
+    )
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--output-path", help="Folder of the package; speculators-NAME by default.")
+def new(name: str, output_path: str | None) -> None:
+    """Write a package that adds the algorithm NAME: complete, tested, and to be changed step by step."""
+    from pathlib import Path
+
+    from speculators import scaffold
+
+    folder = scaffold.write(name, Path(output_path) if output_path else None)
+    click.echo(
+        f"Wrote {folder}; go on with\n    pip install -e '{folder}[test]'\n    speculators plugins check {name}\n"
+        f"and read {folder / 'README.md'}"
+    )
+
+
+@plugins.command()
+@click.argument("name")
+def page(name: str) -> None:
+    """Print what the plugin NAME says about itself as a page in Markdown: table, options, quirks."""
+    from speculators.pages import page as described_page
+    from speculators.registry import Registry
+
+    click.echo(described_page(Registry().get(name)), nl=False)
 
 
 BAR = 30
@@ -453,6 +539,17 @@ def _describe_plugins(registry: Registry) -> list[str]:
     elif registry.not_installed:
         lines.append(registry.describe_not_installed())
     lines += [describe_contested(alias, known) for alias, known in registry.contested.items()]
+    return lines
+
+
+def _describe_verdict(plugin: Standing, findings: list[Finding]) -> list[str]:
+    width = max(len(finding.check) for finding in findings)
+    lines = [f"{plugin.name}, from {plugin.package} {plugin.version}"]
+    for finding in findings:
+        verdict = "passed" if finding.passed else "FAILED"
+        lines.append(f"    {finding.check:{width}}  {verdict}  {finding.detail}".rstrip())
+    failed = sum(not finding.passed for finding in findings)
+    lines.append(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
     return lines
 
 

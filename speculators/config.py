@@ -25,6 +25,9 @@ LARGEST_SIZE = 2**31 - 1
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 """A size of a model."""
 
+DEFAULT_DRAFT_TOKENS = 3
+"""Draft tokens per step where nobody says how many."""
+
 MOST_DRAFT_TOKENS = 1000
 """More than any engine proposes per step."""
 
@@ -35,7 +38,9 @@ class TokenProposal(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     proposal_type: str = "greedy"
-    speculative_tokens: int = Field(default=3, ge=1, le=MOST_DRAFT_TOKENS, description="Draft tokens per step.")
+    speculative_tokens: int = Field(
+        default=DEFAULT_DRAFT_TOKENS, ge=1, le=MOST_DRAFT_TOKENS, description="Draft tokens per step."
+    )
     verifier_accept_k: int = Field(default=1, ge=1, description="Accepted when among the verifier's top k tokens.")
     accept_tolerance: float = Field(default=0.0, ge=0.0, description="Largest accepted log-likelihood gap to the top.")
 

@@ -13,7 +13,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,11 +27,11 @@ from speculators import examples
 from speculators.checkpoint import Checkpoint
 from speculators.convert import ConversionResult, convert_model, prepare
 from speculators.errors import CheckpointError, PluginError, SpeculatorsError, described
-from speculators.guard import shown, unguarded
+from speculators.guard import guarded, shown, unguarded
 from speculators.output import CONFIG_FILE
 from speculators.registry import Algorithm, Registry
 from speculators.spec import ConverterSpec
-from speculators.table import symbols
+from speculators.table import Drop, Refuse, Split, fill, symbols
 from speculators.verifier import Verifier
 from speculators.weights import TensorInfo, read
 from speculators.writer import Payload, write_safetensors
@@ -39,12 +42,23 @@ if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
     from speculators.convert import Conversion
     from speculators.draft import Draft
+    from speculators.parity import Batch
 
 TOLERANCE = 1e-4
 """Largest difference to reference outputs over the largest value, in float32."""
 
-REFERENCE = ("draft_input_ids", "verifier_hidden_states", "draft_logits")
-"""Tensors that a file of reference outputs must hold; see `check_reference`."""
+REFERENCE: Mapping[str, tuple[tuple[int, ...], bool]] = {
+    "draft_input_ids": ((2,), False),
+    "verifier_hidden_states": ((3,), True),
+    "draft_logits": ((3, 4), True),
+}
+"""Tensors that a file of reference outputs must hold → how many dimensions, and whether they hold fractions."""
+
+STATES_TOLERANCE = 1e-2
+"""Largest difference to the verifier's states over the largest value: it may have run in another dtype."""
+
+SEES = 1e-6
+"""Largest difference over the largest value that is no effect of another token."""
 
 Tensors = Mapping[str, tuple[TensorInfo, bytes]]
 
@@ -73,9 +87,12 @@ class Bench:
         verifier: Its base model; the one that examples are made for by default.
         options: Keyword arguments of the algorithm.
         reference: A safetensors file with outputs of the original code.
-        optional: Source names of tensors without which the checkpoint is another draft, but a valid one.
+        optional: Source names of tensors without each of which the checkpoint is another draft, but a valid one.
         dropped: Source names of tensors that are no part of the draft.
         registry: Where to look for algorithms; the installed plugins by default.
+
+    Raises:
+        TypeError: Names are given as one string.
     """
 
     name: str
@@ -89,8 +106,15 @@ class Bench:
     registry: Registry = field(default_factory=Registry)
 
     def __post_init__(self) -> None:
-        """Keep the folder's real name, as faults are told by paths."""
-        self.folder = self.folder.resolve()
+        """Keep the folder's real name, as faults are told by paths, and paths that hold wherever a test goes."""
+        self.folder = Path(self.folder).resolve()
+        self.checkpoint, self.verifier, self.reference = (
+            None if path is None else Path(path).absolute()
+            for path in (self.checkpoint, self.verifier, self.reference)
+        )
+        for what in ("optional", "dropped"):
+            if isinstance(names := getattr(self, what), str):
+                raise TypeError(f"{what} is {names!r}, expected a tuple of names")
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -103,14 +127,26 @@ class Bench:
         return self.algorithm.spec
 
     @cached_property
+    def _example(self) -> tuple[Path, Path, frozenset[str]]:
+        draft, base, example = examples.write_example(self.spec, self.place("example") / "files")
+        return draft, base, example.optional
+
+    @cached_property
     def places(self) -> tuple[Path, Path]:
         """Folders of the native checkpoint and its verifier, which are made if none were given."""
-        if self.checkpoint is not None:
-            base = self.verifier or examples.write_verifier(self.folder / "verifier")
-            return self.checkpoint, base
-        draft, base, example = examples.write_example(self.spec, self.folder)
-        self.optional = {*self.optional, *example.optional}
-        return draft, self.verifier or base
+        if self.checkpoint is None:
+            draft, base, _ = self._example
+            return draft, self.verifier or base
+        return self.checkpoint, self.verifier or examples.write_verifier(self.place("verifier") / "files")
+
+    @property
+    def lacking(self) -> set[str]:
+        """Source names of tensors without each of which there is a valid draft."""
+        return {*self.optional, *(() if self.checkpoint else self._example[2])}
+
+    def place(self, name: str) -> Path:
+        """Make a new folder to work in, whatever was done before."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -122,15 +158,15 @@ class Bench:
         """The verifier."""
         return Verifier(self.places[1])
 
-    def prepare(self) -> Conversion:
-        """Decide everything about the conversion, and write nothing."""
+    def prepare(self, dtype: str | None = None, **options: Any) -> Conversion:
+        """Decide everything about the conversion, perhaps with other options, and write nothing."""
         return prepare(
             self.source,
             self.base,
             algorithm=self.name,
-            dtype=None,
+            dtype=dtype,
             registry=self.registry,
-            algorithm_kwargs=dict(self.options),
+            algorithm_kwargs={**self.options, **options},
         )
 
     def convert(self, output: Path, source: Path | None = None, **more: Any) -> ConversionResult:
@@ -149,7 +185,7 @@ class Bench:
     @cached_property
     def converted(self) -> ConversionResult:
         """The checkpoint, converted."""
-        return self.convert(self.folder / "converted")
+        return self.convert(self.place("converted") / "out")
 
     @cached_property
     def output(self) -> Checkpoint:
@@ -159,7 +195,10 @@ class Bench:
     @cached_property
     def config(self) -> SpeculatorConfig:
         """The config that was written, read back."""
-        config: SpeculatorConfig = self.spec.config.read(self.output.config)
+        try:
+            config: SpeculatorConfig = self.spec.config.read(self.output.config)
+        except CheckpointError as error:
+            raise NonconformanceError(f"{self.spec.config.__name__} does not read what it wrote: {error}") from error
         return config
 
     @cached_property
@@ -170,22 +209,34 @@ class Bench:
     def damaged(self, folder: Path, tensors: Tensors) -> Path:
         """Write the native checkpoint with other tensors into a new folder."""
         folder.mkdir()
-        shutil.copy(self.places[0] / CONFIG_FILE, folder)
+        shutil.copy(self.source.place.path(CONFIG_FILE), folder)
         write_safetensors(folder, (Payload(name, info, [memoryview(data)]) for name, (info, data) in tensors.items()))
         return folder
+
+    def variant(self, tensors: Tensors) -> Bench:
+        """Return a bench for the native checkpoint with other tensors, without reference outputs."""
+        place = self.place("variant")
+        draft = self.damaged(place / "draft", tensors)
+        lost = self.tensors.keys() - tensors.keys()
+        dropped = {*self.dropped} - lost
+        return Bench(
+            self.name, place, draft, self.places[1], self.options, dropped=dropped, registry=self.registry
+        )
 
     def in_a_new_process(self, code: str, *arguments: str, **environment: str) -> str:
         """Run Python code that sees the same packages, and return what it prints."""
         path = os.pathsep.join(filter(None, sys.path))
         ran = subprocess.run(  # noqa: S603 - this interpreter, and code from this module
             [sys.executable, "-c", code, *arguments],
-            env=os.environ | {"PYTHONPATH": path} | environment,
+            env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | environment,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
         if ran.returncode:
-            raise NonconformanceError(f"in a process of its own: {ran.stderr.strip().splitlines()[-1]}")
+            said = ran.stderr.strip().splitlines() or [f"it ends with {ran.returncode} and says nothing"]
+            raise NonconformanceError(f"in a process of its own: {said[-1]}")
         return ran.stdout
 
 
@@ -228,13 +279,14 @@ LOADING = """
 import sys
 from speculators.registry import Registry
 Registry().get(sys.argv[1])
+print()  # ends what the plugin may have printed
 print(*sorted({"torch", "transformers"} & sys.modules.keys()))
 """
 
 
 def check_light(bench: Bench) -> None:
     """Importing the plugin imports neither torch nor transformers, which would slow every command down."""
-    heavy = bench.in_a_new_process(LOADING, bench.name).split()
+    heavy = bench.in_a_new_process(LOADING, bench.name).split("\n")[-2].split()
     require(
         not heavy,
         f"importing the plugin imports {' and '.join(heavy)}; import it in build() and in operations, or in a module "
@@ -253,6 +305,12 @@ def check_recognised(bench: Bench) -> None:
 def check_distinct(bench: Bench) -> None:
     """It takes no other family's checkpoint for its own, nor a base model, and no other plugin takes its own."""
     require(not bench.spec.recognises(bench.base.checkpoint), "recognises() says yes to a base model")
+    place = bench.place("foreign")
+    scalars = {name: (TensorInfo("F32", ()), bytes(4)) for name in bench.tensors}
+    bench.spec.recognises(Checkpoint(bench.damaged(place / "scalars", scalars)))  # whatever it says
+    stranger = bench.damaged(place / "stranger", {"weight": (TensorInfo("I64", (0,)), b"")})
+    (stranger / CONFIG_FILE).write_text('{"architectures": null, "model_type": 0}')
+    require(not bench.spec.recognises(Checkpoint(stranger)), "recognises() says yes to a checkpoint without any draft")
     for other in bench.registry.algorithms:
         if other.spec.name == bench.name:
             continue
@@ -260,10 +318,10 @@ def check_distinct(bench: Bench) -> None:
             not other.spec.recognises(bench.source),
             f"{other.spec.name} ({other.origin}) recognises this checkpoint, too, so 'auto' cannot choose",
         )
-        folder = bench.folder / f"of-{other.spec.name}"
-        if other.spec.example(Verifier(examples.write_verifier(folder / "base"))) is None:
-            continue
-        draft, _, _ = examples.write_example(other.spec, folder / "example")
+        try:
+            draft, _, _ = examples.write_example(other.spec, bench.place("other") / "files")
+        except PluginError:
+            continue  # it brings none, or a wrong one, which is for its own authors to hear
         require(
             not bench.spec.recognises(Checkpoint(draft)),
             f"recognises() says yes to a checkpoint of {other.spec.name} ({other.origin})",
@@ -272,6 +330,7 @@ def check_distinct(bench: Bench) -> None:
 
 def check_accounted(bench: Bench) -> None:
     """Every tensor goes somewhere, and none is dropped but those that are no part of the draft."""
+    _require_one_row(bench)
     result, conversion = bench.converted, bench.prepare()
     lost = bench.source.tensors.keys() - result.renamed.keys() - result.reworked.keys() - result.dropped.keys()
     used = {name for made in conversion.derivations for name in made.sources}
@@ -286,6 +345,21 @@ def check_accounted(bench: Bench) -> None:
     require(not invented, f"{', '.join(sorted(invented))}: written, and nothing says what from")
 
 
+def _require_one_row(bench: Bench) -> None:
+    table = bench.spec.table
+    unknown = sorted({*bench.lacking, *bench.dropped} - bench.tensors.keys())
+    require(not unknown, f"'optional' or 'dropped' names {', '.join(unknown)}, which the checkpoint does not hold")
+    for name in bench.tensors:
+        rows = [row for spelling in table.spellings(name) for row in table.rows if row.regex.fullmatch(spelling)]
+        hiding = [row for row in rows if isinstance(row, Drop | Refuse)]
+        meant = [row for row in rows if row not in hiding]
+        require(
+            not (hiding and meant),
+            f"the row {' and '.join(f'{type(row).__name__}({row.source!r})' for row in hiding)} takes {name}, which "
+            f"{' and '.join(f'{type(row).__name__}({row.source!r})' for row in meant)} would write",
+        )
+
+
 def check_unchanged(bench: Bench) -> None:
     """What is read back has the source's bits, dtypes and shapes."""
     written = contents(bench.output)
@@ -295,6 +369,11 @@ def check_unchanged(bench: Bench) -> None:
         if made.reworks and len(made.sources) > 1:
             joined = b"".join(bench.tensors[name][1] for name in made.sources)
             require(written[made.target][1] == joined, f"{made.target} is not {' and '.join(made.sources)} joined")
+    for each in bench.prepare().context.matching.reworked:
+        if isinstance(each.row, Split):
+            pieces = [fill(target, each.numbers) for target in each.row.targets]
+            joined = b"".join(written[piece][1] for piece in pieces)
+            require(joined == bench.tensors[each.source][1], f"{' and '.join(pieces)} are not {each.source} cut")
 
 
 CONVERTING = """
@@ -304,31 +383,52 @@ convert_model(**json.loads(sys.argv[1]))
 """
 
 
+ELSEWHERE = (
+    {"PYTHONHASHSEED": "1", "TZ": "WEST+12"},
+    {"PYTHONHASHSEED": "2", "TZ": "EAST-14"},
+)
+"""Environments in which sets have other orders, and in which it is never the same day."""
+
+
 def check_reproducible(bench: Bench) -> None:
-    """The same checkpoint gives the same bytes, in another process with another order of sets, too."""
-    again = bench.folder / "again"
-    arguments = {
-        "model": str(bench.places[0]),
-        "verifier": str(bench.places[1]),
-        "algorithm": bench.name,
-        "output_path": str(again),
-        "validate": False,
-        **bench.options,
-    }
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    first = bench.converted.output_path
-    bench.in_a_new_process(CONVERTING, json.dumps(arguments), PYTHONHASHSEED=seed)
-    for path in sorted(first.iterdir()):
-        require(
-            (again / path.name).read_bytes() == path.read_bytes(),
-            f"{path.name} differs between two conversions: something in it depends on time, chance or a set's order",
-        )
+    """The same checkpoint gives the same bytes, in other processes with other orders of sets and other clocks, too."""
+    place, first = bench.place("again"), bench.converted.output_path
+    since = time.time() - (first / CONFIG_FILE).stat().st_mtime
+    time.sleep(min(1.0, max(0.0, 1 - since)))  # a time in seconds is another one then
+
+    def convert(environment: Mapping[str, str]) -> Path:
+        out = place / environment["PYTHONHASHSEED"]
+        arguments = {
+            "model": str(bench.places[0]),
+            "verifier": str(bench.places[1]),
+            "algorithm": bench.name,
+            "output_path": str(out),
+            "validate": False,
+            **bench.options,
+        }
+        bench.in_a_new_process(CONVERTING, json.dumps(arguments), **environment)
+        return out
+
+    with ThreadPoolExecutor() as threads:
+        for again in threads.map(convert, ELSEWHERE):
+            _require_same(_files(first), _files(again))
+
+
+def _require_same(first: Mapping[str, bytes], again: Mapping[str, bytes]) -> None:
+    for name in sorted(first):
+        if again.get(name) != first[name]:
+            what = f"{name} ({_changed(first[name], again[name])})" if name.endswith(".json") else name
+            raise NonconformanceError(
+                f"{what} differs between two conversions: something in it depends on time, chance or a set's order"
+            )
 
 
 def check_round_trip(bench: Bench) -> None:
     """The config is read back as it was written, and gives the sizes and parts that it was written for."""
-    text = (bench.converted.output_path / CONFIG_FILE).read_text()
-    facts, spec, schema = bench.prepare().facts, bench.spec, bench.spec.config.__name__
+    text = (bench.converted.output_path / CONFIG_FILE).read_text(encoding="utf-8")
+    facts, schema = bench.prepare().facts, bench.spec.config.__name__
+    # Another process reads it, whose spec has examined nothing.
+    spec = guarded(type(unguarded(bench.spec))(), bench.algorithm.origin)
     require(bench.config.to_json() == text, f"{schema} changes what it reads: {_changed(text, bench.config.to_json())}")
     dims = spec.dims(bench.config)
     used = {symbol for row in spec.table.moving for symbol in (*symbols(row.shape), *row.bounds)}
@@ -340,6 +440,14 @@ def check_round_trip(bench: Bench) -> None:
         )
     told, kept = sorted(facts.parts & {*spec.table.parts}), sorted(spec.parts(bench.config))
     require(told == kept, f"examine() finds the parts {told}, parts() of the written config {kept}")
+    reader = bench.config.speculators_config.algorithm
+    try:
+        bench.registry.get(reader).spec.config.read(bench.output.config)
+    except SpeculatorsError as error:
+        raise NonconformanceError(
+            f"the written config says that {reader!r} reads it, and that does not: {error}; give common_fields() the "
+            "name of the algorithm that does"
+        ) from error
     other = {**bench.output.config, "speculators_model_type": "something-else"}
     try:
         spec.config.read(other)
@@ -348,10 +456,42 @@ def check_round_trip(bench: Bench) -> None:
     raise NonconformanceError(f"{schema} reads configs of any type; narrow speculators_model_type to a Literal")
 
 
-def _changed(before: str, after: str) -> str:
+def _changed(before: str | bytes, after: str | bytes) -> str:
     old, new = json.loads(before), json.loads(after)
     names = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return ", ".join(f"{key} {shown(old.get(key))} becomes {shown(new.get(key))}" for key in names) or "its layout"
+
+
+def check_asked(bench: Bench) -> None:
+    """What is asked for with ``dtype`` and ``speculative_tokens`` is what is written, and runs."""
+    from speculators.validation import check
+
+    methods = bench.prepare(speculative_tokens=1).config.speculators_config.proposal_methods
+    said = sorted({method.speculative_tokens for method in methods})
+    require(said == [1], f"with the option speculative_tokens=1 the config proposes {said}; use common_fields()")
+    dtype = "bfloat16" if bench.config.dtype != "bfloat16" else "float32"
+    cast = Checkpoint(bench.convert(bench.place("cast") / "out", dtype=dtype).output_path)
+    found = cast.config.get("dtype")
+    require(found == dtype, f"with dtype={dtype!r} the config says dtype {found!r}; use common_fields()")
+    report = check(cast, bench.spec, bench.base, conversion=bench.prepare(dtype))
+    failed = [f"with dtype={dtype!r}, {each.name}: {each.detail}" for each in report.checks if not each.passed]
+    require(not failed, "; ".join(failed))
+
+
+def check_alternatives(bench: Bench) -> None:
+    """What ``--diagnose`` tries is what converting with that value of the option gives."""
+    schema = bench.spec.options
+    for other in bench.spec.alternatives(bench.config, bench.base):
+        value = f"{other.option}={json.dumps(other.value)}"
+        require(other.option in schema.model_fields, f"alternatives() changes {other.option!r}, which is no option")
+        require(not _refuses(schema, {other.option: other.value}), f"alternatives() has {value}, which is refused")
+        require(other.config != bench.config, f"alternatives() has {value}, which changes nothing")
+        made = bench.prepare(**{other.option: other.value}).config
+        require(
+            made.to_json() == other.config.to_json(),
+            f"alternatives() has another config for {value} than converting with it gives: "
+            f"{_changed(made.to_json(), other.config.to_json())}",
+        )
 
 
 def check_strict(bench: Bench) -> None:
@@ -380,11 +520,71 @@ def _refuses(schema: Any, given: Mapping[str, Any]) -> bool:
 
 def check_forward(bench: Bench) -> None:
     """The converted draft runs, and computes what its source computes in the plugin's own words (`original`)."""
+    import torch
+
     from speculators.validation import check
 
+    with torch.device("meta"):
+        made = bench.spec.build(bench.config)
+    unreal = [name for name, buffer in made.named_buffers() if buffer.is_meta]
+    require(
+        not unreal,
+        f"build() makes the buffers {', '.join(unreal)}, which hold nothing, as it is called under "
+        "torch.device('meta'); compute them in forward(), or under torch.device('cpu')",
+    )
     report = check(bench.output, bench.spec, bench.base, conversion=bench.prepare())
     failed = [f"{each.name}: {each.detail}" for each in report.checks if not each.passed]
     require(not failed, "; ".join(failed))
+    *_, logits = _computed(_draft(bench), _batch(bench))
+    size = bench.config.draft_vocab_size
+    require(
+        logits.shape[-1] == size or bench.output.config.get("draft_vocab_size") is None,
+        f"the config says draft_vocab_size {size}, the logits have {logits.shape[-1]}",
+    )
+
+
+def check_causal(bench: Bench) -> None:
+    """What is computed for a token depends on it and on those before it, never on later ones."""
+    import torch
+
+    from speculators.parity import Batch, relative
+
+    draft, batch = _draft(bench), _batch(bench)
+    states = batch.states(draft.layers, draft.state_size)
+    here = len(batch.positions) // 2
+    tokens = (batch.tokens + 1) % bench.base.vocab_size
+    later, other = batch.tokens.clone(), states.clone()
+    later[:, here:], other[:, here:] = tokens[:, here:], states[:, here:].roll(1, dims=-1)
+    before = _computed(draft, batch, states)
+    changes = {
+        "token": _computed(draft, Batch(later, batch.positions), states),
+        "state of the verifier": _computed(draft, batch, other),
+    }
+    for what, after in changes.items():
+        for old, new in zip(before, after, strict=True):
+            off = relative(new[:, :here], old[:, :here])
+            require(off <= SEES, f"what is computed at position {here - 1} changes with a later {what} (by {off:.2g})")
+        own = any(not torch.equal(old[:, here], new[:, here]) for old, new in zip(before, after, strict=True))
+        any_at_all = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        require(own or not any_at_all, f"what is computed at position {here} ignores its own {what}, later ones do not")
+
+
+def _batch(bench: Bench) -> Batch:
+    from speculators import parity
+
+    return parity.batches(bench.base.vocab_size, bench.config.positions or bench.base.max_positions or 0)[0]
+
+
+def _computed(draft: Draft, batch: Batch, states: Tensor | None = None) -> list[Tensor]:
+    """Return what is fed back, what the LM head is applied to, and what it makes of that, if any file holds it."""
+    import torch
+
+    if states is None:
+        states = batch.states(draft.layers, draft.state_size)
+    with torch.no_grad():
+        hidden, head_input = draft.forward(batch.tokens, draft.combine(states), batch.positions)
+        logits = draft.logits(head_input)
+        return [hidden, head_input, *([] if logits is None else [logits])]
 
 
 def check_reference(bench: Bench) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speculators import output
 from speculators.dtypes import FLOATS
 from speculators.errors import PluginError
+from speculators.sources import local_path
 from speculators.table import Shared, evaluate_shape, fill
 from speculators.verifier import Verifier
 
@@ -83,6 +85,20 @@ def write_example(spec: ConverterSpec, folder: Path) -> tuple[Path, Path, Exampl
     if example is None:
         raise PluginError(f"the plugin of {spec.name!r} brings no example: its ConverterSpec does not define example()")
     return _write(folder / "draft", example.config, _tensors(spec, example), example.file), base, example
+
+
+def place_example(spec: ConverterSpec, output_path: str | Path) -> tuple[Path, Path]:
+    """Write a plugin's example for users, whole or not at all; return the folders of draft and verifier.
+
+    Raises:
+        OutputError: Something stands there already, or it cannot be written.
+        PluginError: The plugin brings no example, or one that its own table does not describe.
+    """
+    target = local_path(output_path)
+    output.check_vacant(target)
+    with output.staged(target) as folder, output.writing(target):
+        draft, verifier, _ = write_example(spec, folder)
+    return target / draft.name, target / verifier.name
 
 
 def _tensors(spec: ConverterSpec, example: Example) -> dict[str, NDArray[Any]]:

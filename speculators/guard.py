@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
+from speculators import deprecation
 from speculators.config import SpeculatorConfig
 from speculators.errors import PluginError, SpeculatorsError, described
 from speculators.plan import Facts
@@ -86,9 +87,17 @@ def check_members(spec: ConverterSpec) -> None:
                 found.model_json_schema()  # which --list-algorithms shows
         except Exception as error:
             raise PluginError(f"{owner}.{member} has no schema: {described(error)}") from error
+    for member, replacement in deprecation.MEMBERS.items():
+        if any(member in vars(each) for each in own_classes(spec)):
+            deprecation.warn(f"{owner}.{member}", replacement)
     for hook in HOOKS:
         if not callable(found := getattr(spec, hook)):
             raise PluginError(f"{owner}.{hook} is {shown(found)}, expected a method")
+
+
+def own_classes(spec: ConverterSpec) -> list[type]:
+    """List the classes of a spec that are a plugin's, nearest first."""
+    return [each for each in type(unguarded(spec)).__mro__ if not issubclass(ConverterSpec, each)]
 
 
 def guarded(spec: ConverterSpec, origin: str) -> ConverterSpec:

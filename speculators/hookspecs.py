@@ -25,9 +25,16 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec
 def register_converter() -> type[ConverterSpec]:  # type: ignore[empty-body]
-    """Return the class that converts one algorithm's checkpoints.
+    """Return the class that converts one algorithm's checkpoints; a plugin decorates its own with `hookimpl`.
 
-    Called once, when the algorithm is first needed. The class is refused when a member is missing,
-    when its ``name`` is not the entry point's, or when it was written for another version of the
-    interface.
+    Called once, when the algorithm is first needed. The class is refused when a member is missing or of
+    another type than `ConverterSpec` says, when its ``name`` is not the entry point's, or when it was written
+    for another version of the interface.
+
+    Returns:
+        A subclass of `ConverterSpec` that can be made without arguments; the class, no instance.
+
+    Raises:
+        Exception: Whatever it raises, and whatever importing the module raises, makes the plugin a broken one, which
+            disturbs no other.
     """

@@ -87,6 +87,17 @@ def check_target(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is where a disk is mounted, which cannot be replaced; name a folder in it")
 
 
+def check_vacant(path: Path) -> None:
+    """Refuse a path at which something stands that nothing may replace, before any work is done.
+
+    Raises:
+        OutputError: There is a file or a folder that is not empty, or the path is none.
+    """
+    check_target(path, [])
+    if path.exists() and any(path.iterdir()):
+        raise OutputError(f"{path} exists and is not empty; choose another --output-path")
+
+
 def _refuse_overlap(path: Path, target: Path, source: Path) -> None:
     """Compare places, not names: links, mounts and other spellings may lead to the same one."""
     read = [source]

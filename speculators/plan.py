@@ -22,10 +22,12 @@ class Facts:
     """What an algorithm knows about one checkpoint.
 
     Attributes:
-        dims: What each symbol of the table's shapes stands for.
-        parts: The optional parts of the table that this draft uses.
+        dims: What each symbol of the table's shapes and numbered places stands for; without those that cannot be known,
+            which the user is told about.
+        parts: The optional parts of the table that this draft uses: all tensors of them must be there, or be made. A
+            tensor of another part that is there is left out, with the row's ``unless`` as the reason.
         notes: What the user should be told, one sentence each.
-        findings: What makes a conversion impossible, one line each.
+        findings: What makes a conversion impossible, one line each; what was found, where, and what to do.
     """
 
     dims: Mapping[str, int]
@@ -76,7 +78,7 @@ class Matching:
     native: Mapping[str, str] = field(default_factory=dict)
 
     def present(self, part: str) -> bool:
-        """Tell whether any tensor of an optional part is there."""
+        """Tell whether any tensor of an optional part is there, fused or in pieces, too."""
         moved = any(found.row.part == part for found in self.moves.values())
         return moved or any(part in rework.parts for rework in self.reworked)
 
@@ -143,7 +145,14 @@ class Plan:
 
 
 def match(table: Table, names: Iterable[str]) -> Matching:
-    """Find the row of each tensor by its name alone."""
+    """Find the row of each tensor by its name alone.
+
+    Use it in `ConverterSpec.recognises`; other hooks find the outcome in `Context`.
+
+    Args:
+        table: The algorithm's table.
+        names: Names of tensors, such as ``source.tensors``.
+    """
     moves: dict[str, Match] = {}
     dropped: dict[str, str] = {}
     refused: dict[str, str] = {}

@@ -127,6 +127,10 @@ class Registry:
         """All plugins that cannot be used, sorted by name; imports every plugin."""
         return [loaded for loaded in map(self._load, self.names) if isinstance(loaded, BrokenPlugin)]
 
+    def describe_owner(self, name: str) -> str | None:
+        """Return package and version of what brings an algorithm of this name; ``None`` when nothing does."""
+        return " and ".join(claim.origin for claim in self._claims[name]) if name in self._claims else None
+
     @property
     def contested(self) -> dict[str, list[Algorithm]]:
         """Alias → the algorithms that are known by it, where these are several; imports every plugin."""
@@ -140,6 +144,19 @@ class Registry:
     def standings(self) -> list[Standing]:
         """Everything that is installed, sorted by name; imports every plugin that is not left out."""
         return [self._standing(plugin) for name in sorted(self._claims) for plugin in self._claims[name]]
+
+    def standing(self, name: str) -> Standing:
+        """Return what the one installed plugin called ``name``, or known by that alias, is worth.
+
+        Raises:
+            AlgorithmError: None is called so.
+            PluginError: Several are.
+        """
+        if name not in self._claims:
+            name = self.get(name).spec.name
+        if len(self._claims[name]) > 1:
+            self.get(name)
+        return self._standing(self._claims[name][0])
 
     def get(self, name: str) -> Algorithm:
         """Return the algorithm called ``name``, or known by that alias.

@@ -52,10 +52,17 @@ MOST_NUMBERS = 1000
 class Derive:
     """How to make a tensor that the checkpoint lacks from ones that it has.
 
+    ``by`` names an operation, ``function(source, names, shape)``. It is called with the source `Checkpoint`, the
+    names of ``sources`` there, and the shape to make. It returns the dtype of the new tensor as safetensors names
+    it (``"I64"``), one of the row's, and an iterable of its bytes in row-major little-endian order, in chunks of
+    whole elements: bytes, or what `Checkpoint.stretch` returns, which is copied unread. Chunks are asked for one by
+    one while they are written, so yield those of a large tensor. An operation that raises anything but a
+    `SpeculatorsError`, or makes another size or dtype, ends the conversion with a `PluginError`.
+
     Args:
-        by: Where the function lives, as ``"package.module:function"``; imported when it is needed.
-            It is an operation, as `speculators.operations` defines them.
-        sources: Target names that it needs; it is used only when all of them are there.
+        by: Where the operation lives, as ``"package.module:function"``; imported when it is needed.
+        sources: Target names that it needs, with the row's own numbered places or none; it is used only when all of
+            them are there, stored as they are written.
         why: What the user is told.
     """
 
@@ -110,17 +117,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Rename(Row):
-    """A tensor that is written under another name.
+    """A tensor that is written under another name, in the dtype that it has unless the user asks for another.
 
     Args:
         source: Pattern of the name in the checkpoint.
-        target: Name in the output; its ``{a:b}`` places take the numbers of the source's.
-        shape: Shape in symbols, dimensions separated by commas.
+        target: Name in the output; its ``{a:b}`` places take the numbers of the source's and are the same, in the same
+            order.
+        shape: Shape in symbols, dimensions separated by commas; each is a product, such as ``"2*H"``.
         part: Name of the optional part of the draft that the tensor belongs to. Rows of one part are
             present together or not at all. Without one, the tensor is always required.
-        dtypes: Dtypes that it may have.
+        dtypes: Dtypes that it may have, as safetensors names them; the floating ones by default.
         derive: How to make it when its part is there and it is not.
         unless: Why it is left out when its part is not in use although the tensor is there.
+
+    Raises:
+        ValueError: A pattern or the shape is malformed, or source and target differ in their numbered places.
     """
 
     target: str
@@ -180,10 +191,10 @@ def Keep(  # noqa: N802 - a row like the others
 
 @dataclass(frozen=True)
 class Shared(Rename):
-    """A tensor that drafts share with their verifier.
+    """A tensor that drafts share with their verifier; the other arguments are those of `Rename`.
 
-    It is left out of the output when it equals the verifier's, as inference engines share that one,
-    unless ``copies`` says otherwise.
+    It is left out of the output when it equals the verifier's in the draft's dtype, as inference engines share that
+    one, unless ``copies`` says otherwise.
     When it differs it is written, or refused where ``own`` is false. When it is absent the
     verifier's takes its place, if the shapes allow it.
 
@@ -207,6 +218,9 @@ class Split(Row):
     Args:
         source: Pattern of the name in the checkpoint.
         targets: Target names of the pieces, in the order in which they lie.
+
+    Raises:
+        ValueError: The pattern is malformed, or ``targets`` are none, the same, or differ in their numbered places.
     """
 
     targets: tuple[str, ...]
@@ -231,6 +245,9 @@ class Merge(Row):
         target: Target name of the larger tensor.
         place: Number of this piece in it, from 0.
         shape: Shape of this piece in symbols.
+
+    Raises:
+        ValueError: A pattern or the shape is malformed, or source and target differ in their numbered places.
     """
 
     target: str
@@ -251,14 +268,24 @@ class Merge(Row):
 
 @dataclass(frozen=True)
 class Drop(Row):
-    """A tensor that is not needed, and why."""
+    """A tensor that is not needed, and why.
+
+    Args:
+        source: Pattern of the name in the checkpoint; may hold ``*`` and ``**``.
+        why: What the user is told.
+    """
 
     why: str
 
 
 @dataclass(frozen=True)
 class Refuse(Row):
-    """A tensor that marks a kind of draft the algorithm cannot convert; ``why`` names the kind."""
+    """A tensor that marks a kind of draft the algorithm cannot convert.
+
+    Args:
+        source: Pattern of the name in the checkpoint; may hold ``*`` and ``**``.
+        why: What kind it is, and what to do if anything can be done.
+    """
 
     why: str
 
@@ -374,7 +401,7 @@ class Table:
         return tuple(sorted({row.part for row in self.moving if row.part}))
 
     def spellings(self, name: str) -> list[str]:
-        """Return ``name`` and what is left of it without declared prefixes, one after another."""
+        """Return ``name`` and what is left of it without declared prefixes, one after another; the last has none."""
         found = [name]
         while stripped := next((p for p in self.prefixes if found[-1].startswith(p)), ""):
             found.append(found[-1].removeprefix(stripped))

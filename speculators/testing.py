@@ -26,9 +26,20 @@ from typing import Any, ClassVar
 
 import pytest
 
+from speculators import Registry, examples
 from speculators.conformance import CHECKS, Bench, Check, NonconformanceError
 
-__all__ = ["Conformance", "NonconformanceError"]
+__all__ = ["Conformance", "NonconformanceError", "write_example"]
+
+
+def write_example(algorithm: str, folder: Path) -> tuple[Path, Path]:
+    """Write the example that an installed plugin brings below ``folder``; return the draft's folder and the verifier's.
+
+    Raises:
+        PluginError: The plugin brings none, or one that its own table does not describe.
+    """
+    draft, verifier, _ = examples.write_example(Registry().get(algorithm).spec, folder)
+    return draft, verifier
 
 
 class Conformance:

@@ -46,11 +46,20 @@ SHARED_TENSORS: Mapping[str, tuple[str, ...]] = {
 class Verifier:
     """A base model, of which only ``config.json`` is read until a tensor is asked for.
 
-    Its ``name`` is what messages call it, and ``reference`` what engines find it under: it goes into the output.
-
     Args:
         location: A path, a Hugging Face ID or a URL, as the user gave it.
         access: How to reach it, if it lies elsewhere.
+
+    Attributes:
+        checkpoint: Its files, which may lie elsewhere.
+        name: What messages call it.
+        reference: What engines find it under: it goes into the output.
+        text: The config of its language model, with the keys that stand outside of nested blocks.
+        hidden_size: Width of its hidden states, ``TH``.
+        vocab_size: Size of its vocabulary, ``V``; embeddings may be padded to more rows.
+        num_layers: Number of its layers.
+        max_positions: Positions that it was made for; ``None`` when its config does not say.
+        architectures: Names of its classes in transformers.
 
     Raises:
         CheckpointError: Not a checkpoint, or its config lacks a size that is needed.
@@ -108,12 +117,16 @@ class Verifier:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the shareable tensors by role, as the config implies them."""
+        """Shapes ``[V, TH]`` of the shareable tensors by role, as the config implies them."""
         return dict.fromkeys(SHARED_TENSORS, (self.vocab_size, self.hidden_size))
 
     @cached_property
     def weights(self) -> Checkpoint | None:
-        """The verifier's checkpoint if it holds weights; a config alone is enough for many drafts."""
+        """The verifier's checkpoint if it holds weights; a config alone is enough for many drafts.
+
+        Ask it with ``holds`` and ``info``, which open no file but the one that is needed: ``tensors`` would open, and
+        fetch, all of them.
+        """
         return self.checkpoint if self.checkpoint.has_weights else None
 
     @cached_property
