@@ -104,7 +104,16 @@ class SpeculatorConfig(BaseModel):
     """What every output type's ``config.json`` holds; a type adds its fields and narrows the first.
 
     Reading tolerates keys that it does not know and keeps them: other writers of the format add
-    their own.
+    their own. `Context.common_fields` returns three of the fields.
+
+    Attributes:
+        speculators_model_type: The output type; give it a default and the type ``Literal["mine"]``.
+        speculators_version: The version of speculators that wrote it.
+        architectures: Names of classes, as in any config of transformers; give it a default.
+        speculators_config: What an engine needs to run the draft beside its verifier.
+        draft_vocab_size: Size of the draft's vocabulary, ``DV``.
+        target_hidden_size: Width of the verifier's hidden states, ``TH``; ``None`` when it is the draft's own.
+        dtype: The dtype of most tensors, in torch's spelling.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -72,6 +72,7 @@ UNSUPPORTED_ROWS: tuple[Row, ...] = (
 RECOMPUTED_ROWS: tuple[Row, ...] = (
     Drop("**rotary_emb.inv_freq", "a buffer that every engine recomputes from the config"),
 )
+"""Buffers that older training code saves."""
 
 
 class DraftOptions(Options):
@@ -86,7 +87,9 @@ class DraftOptions(Options):
 
 
 def layer_rows(source: str, target: str, width: str = "H") -> tuple[Rename, ...]:
-    """Return the rows of one Llama decoder layer, except for norms on its input.
+    """Return the rows of one Llama decoder layer, except for norms on its input and the bias of ``o_proj``.
+
+    Biases are the parts ``qkv_bias`` and ``mlp_bias``; a row for the bias of ``o_proj`` has the part ``o_bias``.
 
     Args:
         source: What the names in the checkpoint begin with.
@@ -116,7 +119,7 @@ def layer_rows(source: str, target: str, width: str = "H") -> tuple[Rename, ...]
 
 
 def zeros(source: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, list[bytes]]:
-    """Make zeros in the dtype of the first of ``names``; for use in `Derive`."""
+    """Make zeros in the dtype of the first of ``names``; for ``Derive("speculators.decoder:zeros", ...)``."""
     info = TensorInfo(source.tensors[names[0]].dtype, shape)
     return info.dtype, [bytes(info.nbytes)]
 
@@ -178,6 +181,11 @@ def active_parts(context: Context) -> set[str]:
 def check_options(table: Table, context: Context, parts: Iterable[str]) -> list[str]:
     """Check every option that is named like a part of the table against the tensors, which decide it.
 
+    Args:
+        table: The algorithm's table.
+        context: The conversion.
+        parts: The parts that are in use.
+
     Returns:
         A finding for each that was given and contradicts the checkpoint.
     """
@@ -193,12 +201,19 @@ def check_options(table: Table, context: Context, parts: Iterable[str]) -> list[
 
 
 def examine_layers(context: Context, layer: str, vocabulary: Iterable[str]) -> Facts:
-    """Find the sizes of a draft's decoder layers.
+    """Find the sizes of a draft's decoder layers; for `ConverterSpec.examine`.
 
     Args:
         context: The conversion.
         layer: What the output names of the first layer begin with.
         vocabulary: Output names of tensors with one row for each token of the verifier.
+
+    Returns:
+        The symbols of this module that can be known, every part of which the source holds a tensor, and a note or
+        finding about whatever config, tensors and verifier do not agree on. Build another `Facts` from it to add to it.
+
+    Raises:
+        CheckpointError: The config has a key of another type.
     """
     sizes = _Sizes(context)
     sizes.stated("H", "hidden_size", f"{layer}post_attention_layernorm.weight")
@@ -286,6 +301,13 @@ def layer_config(context: Context, facts: Facts) -> tuple[DecoderLayerConfig, li
     """Build the config of the draft's decoder layers, and what the user should know about it.
 
     Nothing is taken from the verifier but its vocabulary size and its number of positions.
+
+    Args:
+        context: The conversion.
+        facts: What was examined, with all symbols of this module.
+
+    Raises:
+        CheckpointError: The config's rotary parameters are such that nothing can compute them.
     """
     config = native_config(context)
     dims = facts.dims
@@ -336,6 +358,10 @@ def original_layer(context: Context, facts: Facts) -> DecoderLayerConfig:
     """Describe a draft's layers as transformers reads the native config; for `ConverterSpec.original`.
 
     Of what `layer_config` works out only the sizes are taken, which shapes confirm.
+
+    Args:
+        context: The conversion.
+        facts: What was examined, with all symbols of this module.
     """
     from transformers import LlamaConfig
 

@@ -38,7 +38,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Match:
-    """One source tensor and the row it belongs to."""
+    """One source tensor and the row it belongs to.
+
+    Attributes:
+        source: Its name, with the prefixes that it has.
+        row: The row.
+        numbers: The numbers in the row's numbered places, in order.
+    """
 
     source: str
     row: Rename
@@ -47,7 +53,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Rework:
-    """One source tensor that is written in pieces, or as a piece, its row, and the optional parts it serves."""
+    """One source tensor that is written in pieces, or as a piece.
+
+    Attributes:
+        source: Its name, with the prefixes that it has.
+        row: The row.
+        numbers: The numbers in the row's numbered places, in order.
+        parts: The optional parts of the rows that write it; ``""`` among them where one is required.
+    """
 
     source: str
     row: Split | Merge

@@ -28,14 +28,19 @@ MOST_DIMENSIONS, LARGEST_DIMENSION = 16, 2**48
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a weight file says about one tensor, with the dtype named as safetensors does."""
+    """What a weight file says about one tensor.
+
+    Attributes:
+        dtype: Its dtype as safetensors names it (``"BF16"``).
+        shape: Its shape; empty for a single number.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor's data."""
+        """Size of the tensor's data in bytes."""
         return math.prod(self.shape) * dtypes.SIZES[self.dtype]
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,69 @@ def test_a_plugin_is_not_satisfied_by_the_unrelated_library_of_the_same_name(
             with zipfile.ZipFile(built["wheel"]) as wheel:
                 metadata = next(member for member in wheel.namelist() if member.endswith("METADATA"))
                 assert "Requires-Dist: speculators>=1.0\n" in wheel.read(metadata).decode()
+
+
+FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def follow(page: Path, folder: Path, environment: Path) -> None:
+    """Do what a page says: run its commands, write the pieces of its files, compare its outputs."""
+    place, printed = folder, ""
+    begun: set[Path] = set()
+    left = folder / "left"
+    variables = os.environ | {
+        "PATH": f"{environment}{os.pathsep}{os.environ['PATH']}",
+        "SPECULATORS": str(ROOT),
+        "LEFT": str(left),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    variables.pop("PYTHONPATH", None)
+    for language, file, block in FENCE.findall(page.read_text()):
+        if language == "python":
+            target = place / file
+            target.write_text((target.read_text() if target in begun else "") + block)
+            begun.add(target)
+        elif language == "output":
+            missing = [line for line in block.splitlines() if line not in printed]
+            assert not missing, f"{missing} not in\n{printed}"
+        else:
+            assert language == "console"
+            ran = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", f'{block}\npwd >"$LEFT"'],
+                cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            )  # fmt: skip
+            assert ran.returncode == 0, f"{block}\n{ran.stdout}"
+            printed, place = ran.stdout, Path(left.read_text().strip())
+
+
+def test_the_tutorial_leads_to_the_example_and_back(environment: Path, tmp_path: Path) -> None:
+    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", "pytest", "hatchling")
+    folder = tmp_path / "tutorial"
+    folder.mkdir()
+
+    follow(ROOT / "docs" / "plugins" / "tutorial.md", folder, environment)
+
+    example = ROOT / "examples" / "speculators-medusa"
+    modules = [f"speculators_medusa/{name}.py" for name in ("__init__", "draft", "original")]
+    for file in ("pyproject.toml", *modules, "tests/test_medusa.py"):
+        assert (folder / "speculators-medusa" / file).read_text() == (example / file).read_text(), file
+    assert names(environment) == []
+
+
+def test_the_example_passes_its_tests_where_it_is_installed(environment: Path, tmp_path: Path) -> None:
+    example = ROOT / "examples" / "speculators-medusa"
+    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", "pytest", example)
+
+    run(
+        environment / "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        example / "pyproject.toml",
+        "--confcutdir",
+        example,
+        example,
+    )

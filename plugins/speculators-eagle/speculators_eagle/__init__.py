@@ -91,6 +91,13 @@ class Eagle(ConverterSpec[EagleConfig]):
     aliases: ClassVar[tuple[str, ...]] = ("eagle1", "eagle2")
     summary = "EAGLE v1 and v2 draft heads (SafeAILab/EAGLE)"
     reference = "https://github.com/SafeAILab/EAGLE"
+    quirks: ClassVar[tuple[str, ...]] = (
+        "v1 and v2 are one architecture; v2 changes only the draft tree at run time.",
+        '`fc.bias` is there unless the training config says `"bias": false`; the tensor decides.',
+        "Biases on q, k and v without one on the output (`qkv_bias`, Qwen2 heads) are kept as they are.",
+        "`model_type` qwen2, mixtral and others stand around a Llama layer and are written as `llama`.",
+        "Some scripts copy the verifier's `lm_head.weight` in. The output type has no room for another one.",
+    )
     table = TABLE
     options = EagleOptions
     config = EagleConfig
@@ -129,7 +136,7 @@ class Eagle(ConverterSpec[EagleConfig]):
         return config, notes
 
     def dims(self, config: EagleConfig) -> Mapping[str, int]:
-        """Sizes of the decoder layer."""
+        """Sizes of the decoder layer; `speculators.decoder` explains the symbols."""
         return decoder.config_dims(config.transformer_layer_config)
 
     def parts(self, config: EagleConfig) -> frozenset[str]:

@@ -14,7 +14,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from speculators.config import DecoderLayerConfig
+from speculators import DecoderLayerConfig
 from speculators.modeling import DecoderLayer, RMSNorm, Rotary
 
 

@@ -165,6 +165,21 @@ class Eagle3(ConverterSpec[Eagle3Config]):
     name = "eagle3"
     summary = "EAGLE-3 and 3.1 draft heads (SafeAILab/EAGLE, SpecForge, ModelOpt, ...)"
     reference = "https://arxiv.org/abs/2503.01840"
+    quirks = (
+        "`fc` joins three states of the verifier unless the head says otherwise. The first layer reads embeddings and "
+        "states side by side, the others are ordinary Llama layers.",
+        "The maps `d2t` (offsets) and `t2d` (a mask) must agree with each other; a missing one is made from the other. "
+        "With a full draft vocabulary they are checked to be the identity and left out, as vLLM has no place for them.",
+        "An `lm_head` is always kept, as speculators 0.9 does not share the verifier's. Where it is absent and the "
+        "vocabulary full, engines use the verifier's.",
+        "Biases on q, k and v alone are completed with an output bias of zeros, which changes nothing, as engines know "
+        "biases on all four projections or on none; the result lists it.",
+        "`use_verifier_embed_tokens` replaces embeddings that an exporter saved untrained; `rope_theta` overrides a "
+        "base that the config states wrongly.",
+        "Refused by name: MLA drafts, quantised weights, Qwen3 attention norms, mixture-of-experts layers, P-EAGLE, "
+        "heads that read only the verifier's last state, and ModelOpt heads (`eagle_config`) that do not say which "
+        "layers of the verifier feed them.",
+    )
     table = TABLE
     options = Eagle3Options
     config = Eagle3Config
@@ -207,7 +222,13 @@ class Eagle3(ConverterSpec[Eagle3Config]):
         return config, notes
 
     def dims(self, config: Eagle3Config) -> Mapping[str, int]:
-        """Sizes of the layers, the draft vocabulary and the verifier's states."""
+        """Sizes of the layers, the draft vocabulary and the verifier's states.
+
+        Symbols beside those of `speculators.decoder`:
+            TH: hidden size of the verifier
+            naux: how many of its states ``fc`` joins
+            DV: draft vocabulary
+        """
         return decoder.config_dims(config.transformer_layer_config) | {
             "DV": config.draft_vocab_size,
             "TH": config.state_size,

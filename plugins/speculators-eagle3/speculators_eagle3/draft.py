@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from speculators.config import DecoderLayerConfig
+from speculators import DecoderLayerConfig
 from speculators.modeling import DecoderLayer, RMSNorm, Rotary
 
 if TYPE_CHECKING:

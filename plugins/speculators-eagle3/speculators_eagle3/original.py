@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speculators.config import DecoderLayerConfig
+from speculators import DecoderLayerConfig
 from speculators.modeling import DecoderLayer, RMSNorm, Rotary
 
 

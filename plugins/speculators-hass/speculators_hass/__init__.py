@@ -18,6 +18,13 @@ class Hass(Eagle):
     aliases = ()
     summary = "HASS draft heads, with and without layer norms (HArmonizedSS/HASS)"
     reference = "https://github.com/HArmonizedSS/HASS"
+    quirks = (
+        "The modules are EAGLE's, trained with another objective. Without its norms, a HASS head cannot be told from "
+        "an EAGLE head and converts identically.",
+        "The variant with layer norms applies `embed_layernorm` to the token embeddings, `hidden_layernorm` to the "
+        "hidden state before the fusion, and `lm_head_layernorm` to what the LM head reads.",
+        *Eagle.quirks[1:],
+    )
 
     def recognises(self, source: Checkpoint) -> bool:
         """EAGLE's modules with the norms, the variant that can be told from EAGLE."""
