@@ -19,6 +19,7 @@ plugin fails say what is wrong with it; ``docs/plugins/conformance.md`` lists th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -53,8 +54,9 @@ class Conformance:
         reference: A safetensors file with outputs of the original code, float32: ``draft_input_ids`` ``[B, T]``,
             ``verifier_hidden_states`` ``[B, T, S]`` and ``draft_logits`` ``[B, T, DV]``, or ``[B, T, K, DV]`` where
             one pass proposes ``K`` tokens; ``draft_hidden_states`` ``[B, T, H]`` and ``draft_token_ids`` if it tells
-            them. Without it, nothing but the plugin's own words say what is right.
-        optional: Source names of tensors without which the checkpoint is another draft, but a valid one.
+            them, and ``input_ids``, which the verifier read. Without it, nothing but the plugin's own words say what
+            is right.
+        optional: Source names of tensors without each of which the checkpoint is another draft, but a valid one.
         dropped: Source names of tensors that are no part of the draft, such as buffers.
     """
 
@@ -67,6 +69,19 @@ class Conformance:
     dropped: ClassVar[Collection[str]] = ()
     _bench: ClassVar[Bench]
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Refuse an attribute that is misspelt, as nothing would read it.
+
+        Raises:
+            TypeError: Names it, and what is meant.
+        """
+        super().__init_subclass__(**more)
+        known = [name for name in Conformance.__annotations__ if not name.startswith("_")]
+        for name in vars(cls).keys() - set(known):
+            if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                raise TypeError(f"{cls.__qualname__}.{name} is nothing that the checks read; {meant[0]} is meant?")
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that are closed when dropped
     @pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
     def test_conformance(self, check: Check, tmp_path_factory: pytest.TempPathFactory) -> None:
         """Run one check; what was converted for one is there for the next."""
@@ -74,7 +89,7 @@ class Conformance:
         if "_bench" not in vars(own):
             own._bench = Bench(
                 own.algorithm,
-                tmp_path_factory.mktemp(own.algorithm),
+                tmp_path_factory.mktemp("conformance"),
                 own.checkpoint,
                 own.verifier,
                 own.options,

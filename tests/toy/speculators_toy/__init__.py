@@ -5,12 +5,12 @@ A whole plugin in one module, as somebody who has never seen the core's source w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 import speculators
-from speculators import ConverterSpec, Facts, Options, Rename, SpeculatorConfig, Table, hookimpl
+from speculators import ConverterSpec, Example, Facts, Options, Rename, SpeculatorConfig, Table, hookimpl
 
 
 class ToyOptions(Options):
@@ -22,7 +22,7 @@ class ToyOptions(Options):
 class ToyConfig(SpeculatorConfig):
     """The output type ``toy``."""
 
-    speculators_model_type: str = "toy"
+    speculators_model_type: Literal["toy"] = "toy"
     architectures: list[str] = Field(default=["ToySpeculator"])
     squash: bool
 
@@ -77,6 +77,9 @@ class Toy(ConverterSpec[ToyConfig]):
                 return (output.tanh(), output.tanh()) if config.squash else (output, output)
 
         return ToyDraft()
+
+    def example(self, verifier: speculators.Verifier) -> Example:
+        return Example({"model_type": "toy"}, {"H": verifier.hidden_size})
 
 
 @hookimpl
