@@ -358,13 +358,22 @@ def check(name: str, as_json: bool) -> None:
     registry = Registry()
     plugin = registry.standing(name)
     with tempfile.TemporaryDirectory() as folder:
-        findings = conformance.examine(conformance.Bench(plugin.name, Path(folder), registry=registry))
-    passed = all(finding.passed for finding in findings)
+        bench = conformance.Bench(plugin.name, Path(folder), registry=registry)
+        findings = conformance.examine(bench)
+        passed = all(finding.passed for finding in findings)
+        complete = passed and bench.has_checkpoint
     if as_json:
-        facts = {"plugin": asdict(plugin), "passed": passed, "checks": [asdict(finding) for finding in findings]}
+        facts = {
+            "plugin": asdict(plugin),
+            "passed": passed,
+            "complete": complete,
+            "checks": [asdict(finding) for finding in findings],
+        }
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo(printable("\n".join(_describe_verdict(plugin, findings))))
+        if passed and not complete:
+            click.echo("it brings no example, so nothing was converted")
     if not passed:
         raise SystemExit(ValidationError.exit_code)
 

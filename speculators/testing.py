@@ -97,4 +97,6 @@ class Conformance:
                 own.optional,
                 own.dropped,
             )
+        if check.needs == "reference" and own.reference is None:
+            pytest.skip("there are no reference outputs of the original code")
         check.run(own._bench)

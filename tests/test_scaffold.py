@@ -48,10 +48,10 @@ def test_a_new_plugin_keeps_every_promise(
     assert [each for each in findings if not each.passed and each.check not in needing_metadata] == []
 
 
-def test_a_new_plugin_is_formatted_typed_and_free_of_lint(tmp_path: Path) -> None:
+def test_a_new_plugin_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
     folder = scaffold.write("medusa", tmp_path / "new")
 
-    for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "speculators_medusa"]):
+    for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         ran = subprocess.run([sys.executable, "-m", *tool], cwd=folder, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stdout
     assert "$" not in "".join(
@@ -141,7 +141,7 @@ def test_the_verdict_on_an_installed_plugin() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param(TOY.replace("H, 2*H", "2*H, H"), "toy.weight", id="wrong"),
+        pytest.param(TOY.replace("H, 2*H", "2*H, H"), "size mismatch for linear.weight", id="wrong"),
         pytest.param("import a_package_that_is_not_there", "ModuleNotFoundError", id="broken"),
     ],
 )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,30 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Pa
     return built
 
 
-@pytest.fixture
-def environment(tmp_path: Path, packages: dict[str, dict[str, Path]]) -> Path:
-    """A fresh environment that holds the core, with torch, and no plugin."""
-    folder = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, packages: dict[str, dict[str, Path]]) -> Path:
+    """A fresh environment that holds the core, with torch, and pytest."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
     run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin" / "pip", "install", "-q", "-c", ROOT / "constraints.txt", packages["speculators"]["wheel"])
+    run(
+        folder / "bin" / "pip",
+        "install",
+        "-q",
+        "-c",
+        ROOT / "constraints.txt",
+        packages["speculators"]["wheel"],
+        "pytest",
+    )
     return folder / "bin"
+
+
+@pytest.fixture
+def environment(made: Path) -> Iterator[Path]:
+    """An environment without any plugin."""
+    yield made
+    plugins = [each["package"] for each in json.loads(run(made / "speculators", "plugins", "--json"))["plugins"]]
+    if plugins:
+        run(made / "pip", "uninstall", "-q", "-y", *plugins)
 
 
 def names(environment: Path) -> list[str]:
@@ -137,7 +155,6 @@ def follow(page: Path, folder: Path, environment: Path) -> None:
 
 
 def test_the_tutorial_leads_to_the_example_and_back(environment: Path, tmp_path: Path) -> None:
-    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", "pytest", "hatchling")
     folder = tmp_path / "tutorial"
     folder.mkdir()
 
@@ -152,7 +169,7 @@ def test_the_tutorial_leads_to_the_example_and_back(environment: Path, tmp_path:
 
 def test_the_example_passes_its_tests_where_it_is_installed(environment: Path, tmp_path: Path) -> None:
     example = ROOT / "examples" / "speculators-medusa"
-    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", "pytest", example)
+    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", example)
 
     run(
         environment / "python",

@@ -1,47 +1,33 @@
-"""Check that a plugin keeps what the interface promises: everything that can be told from one tiny checkpoint.
-
-Each check is a function of a `Bench`, which raises `NonconformanceError` with what is wrong and what to do.
-`speculators.testing` runs them as tests, ``speculators plugins check`` on an installed plugin's own example.
-"""
+"""The checks: each is a function of a `Bench`, which raises `NonconformanceError` with what is wrong and what to do."""
 
 from __future__ import annotations
 
 import difflib
-import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import examples
 from speculators.checkpoint import Checkpoint
-from speculators.convert import ConversionResult, convert_model, prepare
+from speculators.conformance.bench import Bench, NonconformanceError, Tensors, contents, files, require
+from speculators.conformance.disk import full_disk
 from speculators.dtypes import FLOATS
 from speculators.errors import CheckpointError, OptionError, PluginError, SpeculatorsError, described
-from speculators.guard import guarded, shown, unguarded
+from speculators.guard import guarded, own_classes, shown, unguarded
 from speculators.output import CONFIG_FILE
-from speculators.registry import Algorithm, Registry
 from speculators.spec import ConverterSpec
-from speculators.table import Drop, Refuse, Shared, Split, fill, symbols
-from speculators.verifier import Verifier
-from speculators.weights import TensorInfo, read
-from speculators.writer import Payload, write_safetensors
+from speculators.table import Drop, Refuse, Split, fill, symbols
+from speculators.weights import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from speculators.config import SpeculatorConfig
-    from speculators.convert import Conversion
     from speculators.draft import Draft
     from speculators.parity import Batch
 
@@ -61,205 +47,6 @@ STATES_TOLERANCE = 1e-2
 SEES = 1e-6
 """Largest difference over the largest value that is no effect of another token."""
 
-Tensors = Mapping[str, tuple[TensorInfo, bytes]]
-
-
-class NonconformanceError(AssertionError):
-    """A plugin does not keep a promise; the message says which, and what to do."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check; ``detail`` says what is wrong."""
-
-    check: str
-    passed: bool
-    detail: str = ""
-
-
-@dataclass
-class Bench:
-    """A plugin, a native checkpoint that it should convert, and a place to work.
-
-    Args:
-        name: The algorithm.
-        folder: An empty folder.
-        checkpoint: The native checkpoint; what the plugin's `ConverterSpec.example` describes by default.
-        verifier: Its base model; the one that examples are made for by default.
-        options: Keyword arguments of the algorithm.
-        reference: A safetensors file with outputs of the original code.
-        optional: Source names of tensors without each of which the checkpoint is another draft, but a valid one.
-        dropped: Source names of tensors that are no part of the draft.
-        registry: Where to look for algorithms; the installed plugins by default.
-
-    Raises:
-        TypeError: Names are given as one string.
-    """
-
-    name: str
-    folder: Path
-    checkpoint: Path | None = None
-    verifier: Path | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    reference: Path | None = None
-    optional: Collection[str] = ()
-    dropped: Collection[str] = ()
-    registry: Registry = field(default_factory=Registry)
-
-    def __post_init__(self) -> None:
-        """Keep the folder's real name, as faults are told by paths, and paths that hold wherever a test goes."""
-        self.folder = Path(self.folder).resolve()
-        self.checkpoint, self.verifier, self.reference = (
-            None if path is None else Path(path).absolute() for path in (self.checkpoint, self.verifier, self.reference)
-        )
-        for what in ("optional", "dropped"):
-            if isinstance(names := getattr(self, what), str):
-                raise TypeError(f"{what} is {names!r}, expected a tuple of names")
-
-    @cached_property
-    def algorithm(self) -> Algorithm:
-        """The plugin, loaded."""
-        return self.registry.get(self.name)
-
-    @property
-    def spec(self) -> ConverterSpec:
-        """What the plugin brings."""
-        return self.algorithm.spec
-
-    @cached_property
-    def _example(self) -> tuple[Path, Path, frozenset[str]]:
-        draft, base, example = examples.write_example(self.spec, self.place("example") / "files")
-        return draft, base, example.optional
-
-    @cached_property
-    def places(self) -> tuple[Path, Path]:
-        """Folders of the native checkpoint and its verifier, which are made if none were given."""
-        if self.checkpoint is None:
-            draft, base, _ = self._example
-            return draft, self.verifier or base
-        return self.checkpoint, self.verifier or examples.write_verifier(self.place("verifier") / "files")
-
-    @cached_property
-    def lacking(self) -> set[str]:
-        """Source names of tensors without each of which there is a valid draft, as where the verifier's stand in."""
-        moves = self.prepare().context.matching.moves.values()
-        shared = {
-            found.source
-            for found in moves
-            if isinstance(found.row, Shared) and self.source.info(found.source).shape in self.base.shapes.values()
-        }
-        said = {*self.optional, *(() if self.checkpoint else self._example[2])}
-        return (said | shared) & self.tensors.keys()
-
-    def place(self, name: str) -> Path:
-        """Make a new folder to work in, whatever was done before."""
-        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
-
-    @cached_property
-    def source(self) -> Checkpoint:
-        """The native checkpoint."""
-        return Checkpoint(self.places[0])
-
-    @cached_property
-    def base(self) -> Verifier:
-        """The verifier."""
-        return Verifier(self.places[1])
-
-    def prepare(self, dtype: str | None = None, **options: Any) -> Conversion:
-        """Decide everything about the conversion, perhaps with other options, and write nothing."""
-        return prepare(
-            self.source,
-            self.base,
-            algorithm=self.name,
-            dtype=dtype,
-            registry=self.registry,
-            algorithm_kwargs={**self.options, **options},
-        )
-
-    def convert(self, output: Path, source: Path | None = None, **more: Any) -> ConversionResult:
-        """Convert the checkpoint, or another one, without validation."""
-        return convert_model(
-            source or self.places[0],
-            verifier=self.places[1],
-            algorithm=self.name,
-            output_path=output,
-            validate=False,
-            registry=self.registry,
-            **more,
-            **self.options,
-        )
-
-    @cached_property
-    def converted(self) -> ConversionResult:
-        """The checkpoint, converted."""
-        return self.convert(self.place("converted") / "out")
-
-    @cached_property
-    def output(self) -> Checkpoint:
-        """What was written."""
-        return Checkpoint(self.converted.output_path)
-
-    @cached_property
-    def config(self) -> SpeculatorConfig:
-        """The config that was written, read back."""
-        written = self.output.config
-        try:
-            config: SpeculatorConfig = self.spec.config.read(written)
-        except CheckpointError as error:
-            raise NonconformanceError(f"{self.spec.config.__name__} does not read what it wrote: {error}") from error
-        return config
-
-    @cached_property
-    def tensors(self) -> dict[str, tuple[TensorInfo, bytes]]:
-        """All tensors of the native checkpoint."""
-        return contents(self.source)
-
-    def damaged(self, folder: Path, tensors: Tensors) -> Path:
-        """Write the native checkpoint with other tensors into a new folder."""
-        folder.mkdir()
-        shutil.copy(self.source.place.path(CONFIG_FILE), folder)
-        write_safetensors(folder, (Payload(name, info, [memoryview(data)]) for name, (info, data) in tensors.items()))
-        return folder
-
-    def variant(self, tensors: Tensors) -> Bench:
-        """Return a bench for the native checkpoint with other tensors, without reference outputs."""
-        place = self.place("variant")
-        draft = self.damaged(place / "draft", tensors)
-        lost = self.tensors.keys() - tensors.keys()
-        dropped = {*self.dropped} - lost
-        return Bench(self.name, place, draft, self.places[1], self.options, dropped=dropped, registry=self.registry)
-
-    def in_a_new_process(self, code: str, *arguments: str, **environment: str) -> str:
-        """Run Python code that sees the same packages, and return what it prints."""
-        path = os.pathsep.join(filter(None, sys.path))
-        ran = subprocess.run(  # noqa: S603 - this interpreter, and code from this module
-            [sys.executable, "-c", code, *arguments],
-            env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | environment,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-        if ran.returncode:
-            said = ran.stderr.strip().splitlines() or [f"it ends with {ran.returncode} and says nothing"]
-            raise NonconformanceError(f"in a process of its own: {said[-1]}")
-        return ran.stdout
-
-
-def contents(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, bytes]]:
-    """Read every tensor of a small checkpoint."""
-    return {name: (info, bytes(read(checkpoint.stretch(name)))) for name, info in checkpoint.tensors.items()}
-
-
-def require(fits: bool, message: str) -> None:
-    """Raise what is wrong.
-
-    Raises:
-        NonconformanceError: Where something does not fit.
-    """
-    if not fits:
-        raise NonconformanceError(message)
-
 
 def check_found(bench: Bench) -> None:
     """The registry finds the plugin under its name, and nothing keeps it from being used."""
@@ -275,7 +62,7 @@ def check_described(bench: Bench) -> None:
     for name, option in spec.options.model_fields.items():
         require(bool(option.description), f"the option {name!r} has no description, which --list-algorithms shows")
     known = {name for name in (*vars(ConverterSpec), *ConverterSpec.__annotations__) if not name.startswith("_")}
-    own = {name for each in owner.__mro__ if not issubclass(ConverterSpec, each) for name in vars(each)}
+    own = {name for each in own_classes(spec) for name in vars(each)}
     for name in sorted(name for name in own - known if not name.startswith("_")):
         meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         require(not meant, f"{where}.{name} is no member of a spec, and nothing calls it; {''.join(meant)} is meant?")
@@ -416,7 +203,7 @@ def check_reproducible(bench: Bench) -> None:
 
     with ThreadPoolExecutor() as threads:
         for again in threads.map(convert, ELSEWHERE):
-            _require_same(_files(first), _files(again))
+            _require_same(files(first), files(again))
 
 
 def _require_same(first: Mapping[str, bytes], again: Mapping[str, bytes]) -> None:
@@ -602,8 +389,7 @@ def check_reference(bench: Bench) -> None:
     likeliest tokens, shaped like the logits without their last dimension. With ``input_ids`` ``[B, T]`` or longer,
     which the verifier read, the states are compared with its own, which shows which layers they come from.
     """
-    if bench.reference is None:
-        return
+    assert bench.reference is not None  # noqa: S101 - without one, the check does not apply
     from speculators.draft import of_source
 
     expected = _read_reference(bench.reference)
@@ -761,7 +547,7 @@ def check_optional(bench: Bench) -> None:
         other = bench.variant({key: value for key, value in bench.tensors.items() if key != name})
         try:
             again = other.convert(other.place("again") / "out")
-            _require_same(_files(other.converted.output_path), _files(again.output_path))
+            _require_same(files(other.converted.output_path), files(again.output_path))
             for check in (check_accounted, check_unchanged, check_round_trip, check_forward, check_essential):
                 check(other)
         except PluginError:
@@ -781,87 +567,33 @@ def check_reversible(bench: Bench) -> None:
         )
 
 
-CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
-"""Audit events of calls that change a folder; opening for writing is told by its flags."""
-
-
-@dataclass
-class _Disk:
-    """A disk that may be full at one change of a folder; Python's audit events tell of each before it is made."""
-
-    folder: Path
-    full_at: int | None = None
-    changes: int = 0
-
-    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if not writes and event not in CHANGING:
-            return
-        path = arguments[0]
-        if not isinstance(path, str | bytes | os.PathLike) or not self._holds(os.fsdecode(path)):
-            return
-        self.changes += 1
-        if self.changes == self.full_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
-
-    def _holds(self, path: str) -> bool:
-        return not Path(path).is_absolute() or Path(path).is_relative_to(self.folder)
-
-
-_disks: list[_Disk] = []
-
-
-def _hear(event: str, arguments: tuple[Any, ...]) -> None:
-    for disk in _disks:
-        disk.hear(event, arguments)
-
-
-@contextmanager
-def _disk(folder: Path, full_at: int | None = None) -> Iterator[_Disk]:
-    if not vars(_Disk).get("heard"):
-        sys.addaudithook(_hear)  # for good, as Python takes none back
-        _Disk.heard = True  # type: ignore[attr-defined]
-    disk = _Disk(folder, full_at)
-    _disks.append(disk)
-    try:
-        yield disk
-    finally:
-        _disks.remove(disk)
-
-
 def check_whole(bench: Bench) -> None:
     """Wherever the disk is full, what stood at the output path still stands, or the new output does, whole."""
-    new, place = _files(bench.converted.output_path), bench.place("full")
+    new, place = files(bench.converted.output_path), bench.place("full")
     earlier = bench.convert(place / "earlier", dtype="bfloat16").output_path
-    old, number = _files(earlier), 0
-    _require_same(new, _files(bench.convert(place / "again").output_path))
+    old, number = files(earlier), 0
+    _require_same(new, files(bench.convert(place / "again").output_path))
     while True:
         number += 1
         here = place / str(number)
         shutil.copytree(earlier, here / "out")
-        with _disk(here, number) as disk:
+        with full_disk(here, number) as disk:
             try:
                 bench.convert(here / "out", overwrite=True)
             except PluginError:
                 raise
             except (SpeculatorsError, OSError):
                 pass
-        found = _files(here / "out")
+        found = files(here / "out")
         require(
             found in (old, new), f"a full disk at change {number} leaves half an output: {', '.join(sorted(found))}"
         )
         bench.convert(here / "out", overwrite=True)
         left = sorted(path.name for path in here.iterdir())
-        require(
-            _files(here / "out") == new and left == ["out"], f"after a full disk at change {number}, {left} is left"
-        )
+        require(files(here / "out") == new and left == ["out"], f"after a full disk at change {number}, {left} is left")
         shutil.rmtree(here, ignore_errors=True)
         if disk.changes < number:
             return
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
 
 
 @dataclass(frozen=True)
@@ -871,24 +603,30 @@ class Check:
     Attributes:
         name: What verdicts and tests call it.
         run: Raises what is wrong.
-        native: Whether it needs a native checkpoint.
+        needs: What it cannot be made without: ``"checkpoint"``, ``"reference"``, or nothing.
     """
 
     name: str
     run: Callable[[Bench], None]
-    native: bool = True
+    needs: str = "checkpoint"
 
     @property
     def promise(self) -> str:
         """What is promised, as one sentence."""
         return (self.run.__doc__ or "").splitlines()[0]
 
+    def applies(self, bench: Bench) -> bool:
+        """Tell whether there is what it needs."""
+        if self.needs == "reference":
+            return bench.reference is not None
+        return not self.needs or bench.has_checkpoint
+
 
 CHECKS = (
-    Check("found", check_found, native=False),
-    Check("described", check_described, native=False),
-    Check("light", check_light, native=False),
-    Check("strict options", check_strict, native=False),
+    Check("found", check_found, needs=""),
+    Check("described", check_described, needs=""),
+    Check("light", check_light, needs=""),
+    Check("strict options", check_strict, needs=""),
     Check("recognised", check_recognised),
     Check("distinct", check_distinct),
     Check("accounted", check_accounted),
@@ -896,7 +634,7 @@ CHECKS = (
     Check("config round trip", check_round_trip),
     Check("reversible table", check_reversible),
     Check("forward", check_forward),
-    Check("reference", check_reference),
+    Check("reference", check_reference, needs="reference"),
     Check("causal", check_causal),
     Check("essential", check_essential),
     Check("asked for", check_asked),
@@ -907,33 +645,3 @@ CHECKS = (
     Check("whole", check_whole),
 )
 """All checks, in the order in which their failures are best read."""
-
-
-def examine(bench: Bench, *, native: bool = True, checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """Run all checks; one that cannot be made for a reason that was told already only refers to it.
-
-    Args:
-        bench: What to check.
-        native: Whether there is a native checkpoint to check with.
-        checks: Which checks to run.
-    """
-    findings: list[Finding] = []
-    told: dict[str, str] = {}
-    for check in checks:
-        if check.native and not native:
-            continue
-        try:
-            check.run(bench)
-        except (NonconformanceError, SpeculatorsError) as error:
-            reason = str(error)
-        except Exception as error:  # noqa: BLE001 - whatever a plugin makes of its own data
-            reason = described(error)
-        else:
-            findings.append(Finding(check.name, True))
-            continue
-        same = next((name for said, name in told.items() if said in reason or reason in said), None)
-        findings.append(Finding(check.name, False, reason if same is None else f"as {same!r}"))
-        told.setdefault(reason, check.name)
-        if check.run is check_found:
-            break
-    return findings
