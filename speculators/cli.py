@@ -563,10 +563,11 @@ def _describe_verdict(plugin: Standing, findings: list[Finding]) -> list[str]:
 
 
 def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
-    from pydantic_core import to_jsonable_python
+    from dataclasses import asdict
+
+    from speculators.pages import options
 
     spec = algorithm.spec
-    schema = spec.options.model_json_schema(by_alias=False)["properties"]
     return {
         "name": spec.name,
         "aliases": list(spec.aliases),
@@ -574,23 +575,8 @@ def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
         "reference": spec.reference,
         "package": algorithm.package,
         "version": algorithm.version,
-        "options": [
-            {
-                "name": name,
-                "type": _type_name(schema[name]),
-                "default": None if field.is_required() else to_jsonable_python(field.get_default(), fallback=str),
-                "description": field.description or "",
-            }
-            for name, field in sorted(spec.options.model_fields.items())
-        ],
+        "options": [asdict(option) for option in options(spec)],
     }
-
-
-def _type_name(schema: Mapping[str, Any]) -> str:
-    if "anyOf" in schema:
-        return " or ".join(_type_name(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
-    kind = str(schema.get("type", "any"))
-    return f"list of {_type_name(schema['items'])}" if kind == "array" and "items" in schema else kind
 
 
 def _listing(registry: Registry, algorithms: list[dict[str, Any]]) -> str:
@@ -607,7 +593,8 @@ def _listing(registry: Registry, algorithms: list[dict[str, Any]]) -> str:
             "    options:",
         ]
         for option in facts["options"]:
-            lines.append(f"        {option['name']} ({option['type']}, default {json.dumps(option['default'])})")
+            default = "required" if option["required"] else f"default {json.dumps(option['default'])}"
+            lines.append(f"        {option['name']} ({option['type']}, {default})")
             lines.append(f"            {option['description']}")
         lines.append("")
     lines += [f"broken: {plugin}" for plugin in registry.broken]

@@ -36,14 +36,16 @@ class Option:
 
     Attributes:
         name: What it is called.
-        kind: Its type in the words of JSON, with the values that are allowed.
-        default: Its default as JSON; empty when there is none.
+        type: Its type in the words of JSON, with the values that are allowed.
+        required: Whether it must be given.
+        default: Its default, in types that JSON knows.
         description: What it does.
     """
 
     name: str
-    kind: str
-    default: str
+    type: str
+    required: bool
+    default: Any
     description: str
 
 
@@ -72,9 +74,9 @@ def options(spec: ConverterSpec) -> list[Option]:
     schema = spec.options.model_json_schema(by_alias=False)
     found = []
     for name, field in sorted(spec.options.model_fields.items()):
-        default = "" if field.is_required() else json.dumps(to_jsonable_python(_default(field), fallback=str))
+        default = None if field.is_required() else to_jsonable_python(_default(field), fallback=str)
         kind = type_name(schema["properties"][name], schema.get("$defs", {}))
-        found.append(Option(name, kind, default, field.description or ""))
+        found.append(Option(name, kind, field.is_required(), default, field.description or ""))
     return found
 
 
@@ -88,7 +90,12 @@ def _default(field: FieldInfo) -> Any:
 def options_table(spec: ConverterSpec) -> str:
     """Return the options of an algorithm as a Markdown table, without a final newline."""
     rows = [
-        (f"`{each.name}`", each.kind, f"`{each.default}`" if each.default else "required", each.description)
+        (
+            f"`{each.name}`",
+            each.type,
+            "required" if each.required else f"`{json.dumps(each.default)}`",
+            each.description,
+        )
         for each in options(spec)
     ]
     return _markdown(("option", "type", "default", "meaning"), rows)
