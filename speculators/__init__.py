@@ -1,8 +1,8 @@
 """Turn speculative-decoding draft models into one standard format that inference engines serve.
 
 Users call `convert_model` or the command ``speculators``. Plugins import everything that they need
-from here, and torch building blocks from `speculators.modeling`. Names are imported when first used,
-so that importing this package costs nothing.
+from here, torch building blocks from `speculators.modeling`, and tests from `speculators.testing`. Names are
+imported when first used, so that importing this package costs nothing.
 """
 
 from __future__ import annotations

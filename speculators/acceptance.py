@@ -187,8 +187,11 @@ def propose(draft: Draft, prefixes: Sequence[tuple[Continuation, int]], depth: i
 
     Raises:
         CheckpointError: No file holds the LM head.
+        ValidationError: The draft model cannot be run.
     """
     import torch
+
+    from speculators.draft import running
 
     lengths = torch.tensor([known - 1 for _, known in prefixes])  # the last known token has no state yet
     rows, longest = torch.arange(len(prefixes)), int(lengths.max())
@@ -199,7 +202,7 @@ def propose(draft: Draft, prefixes: Sequence[tuple[Continuation, int]], depth: i
         chosen = [continuation.states[layer][: known - 1] for layer in draft.layers]
         states[row, : known - 1] = torch.cat(chosen, dim=-1)
     chains: list[list[int]] = [[] for _ in prefixes]
-    with torch.no_grad():
+    with running():
         hidden = draft.combine(states)
         if draft.tokens is not None:
             _, head_input = draft.forward(ids[:, :longest], hidden)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ class Format:
     """A kind of weight file.
 
     Attributes:
-        stem: What the conventional name begins with.
+        stem: What the conventional name begins with; empty where there is none.
         read: Opens one.
         digest: Reads one for its digest, and compares it with the checksums that it holds.
         checked: Tells whether one holds any.
@@ -55,8 +55,8 @@ def _pickled(stem: str) -> Format:
 FORMATS: Mapping[str, Format] = {
     ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, lambda path: None),
     ".bin": _pickled("pytorch_model"),
-    ".pt": _pickled("model"),
-    ".pth": _pickled("model"),
+    ".pt": _pickled(""),
+    ".pth": _pickled(""),
 }
 """Suffix of a weight file → its format; in order of preference."""
 
@@ -67,9 +67,14 @@ MOST_SHARDS = 10_000
 INDEX = ".index.json"
 """What the name of a sharded checkpoint's index ends in, after that of the whole."""
 
-FOREIGN = ("adapter_", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
-"""What the names of files begin with that hold no draft: an adapter of another model, and what a trainer resumes
-from (``transformers/trainer.py``)."""
+VERIFIER_FORMATS = (".safetensors", ".bin")
+"""Those of a verifier, which transformers loads; an original release may lie beside them, in files of other kinds."""
+
+FOREIGN = re.compile(
+    r"adapter_.*|(optimizer|scheduler|scaler|sampler|rng_state|training_args|training_state)(_\d+)?\.(bin|pt|pth)"
+)
+"""Names of files that hold no draft: an adapter of another model, and what trainers resume from (transformers'
+``trainer.py``, accelerate's ``utils/constants.py``, SpecForge)."""
 
 Indexed = tuple[str, set[str]]
 """Name of an index, and the tensors that it says a file holds."""
@@ -95,7 +100,8 @@ class Checkpoint:
         CheckpointError: There is no readable ``config.json``.
     """
 
-    def __init__(self, place: Path | Folder) -> None:
+    def __init__(self, place: Path | Folder, formats: Collection[str] = tuple(FORMATS)) -> None:
+        self._formats = formats
         self.place = LocalFolder(LocalLocation(place, str(place))) if isinstance(place, Path) else place
         self.name = self.place.name
         self._opened: dict[str, WeightFile] = {}
@@ -114,7 +120,8 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or it may not be read.
         """
-        return cls(find(location, access, partly=partly, suffixes=(*FORMATS, INDEX)))
+        formats = VERIFIER_FORMATS if partly else tuple(FORMATS)
+        return cls(find(location, access, partly=partly, suffixes=(*formats, INDEX)), formats)
 
     @cached_property
     def _located(self) -> dict[str, Indexed | None]:
@@ -125,7 +132,7 @@ class Checkpoint:
             files = next(self._candidates(), [])
             if not files:
                 raise CheckpointError(
-                    f"{self.name} holds no weights: expected *{', *'.join(FORMATS)}, found {self._found()}"
+                    f"{self.name} holds no weights: expected *{', *'.join(self._formats)}, found {self._found()}"
                     f"{self.place.remark}"
                 )
             if len(files) > 1:
@@ -133,9 +140,9 @@ class Checkpoint:
                 raise CheckpointError(f"{self.name} holds alternative weight files ({names}); name the one to convert")
             (file,) = files
         suffix = Path(file.removesuffix(INDEX)).suffix
-        if suffix not in FORMATS:
+        if suffix not in self._formats:
             raise CheckpointError(
-                f"{self._described(file)} is no weight file; expected one that ends in {', '.join(FORMATS)}"
+                f"{self._described(file)} is no weight file; expected one that ends in {', '.join(self._formats)}"
             )
         if _SHARD.search(file):
             raise CheckpointError(
@@ -145,13 +152,14 @@ class Checkpoint:
 
     def _candidates(self) -> Iterator[list[str]]:
         """Yield alternative sets of weight files: those with conventional names first, then any others."""
-        for suffix, kind in FORMATS.items():
-            named = [f"{kind.stem}{suffix}", f"{kind.stem}{suffix}{INDEX}"]
+        for suffix in self._formats:
+            stem = FORMATS[suffix].stem
+            named = [f"{stem}{suffix}", f"{stem}{suffix}{INDEX}"] if stem else []
             if present := [name for name in named if self.place.has(name)]:
                 yield present
-        for suffix in FORMATS:
+        for suffix in self._formats:
             files = [name for name in self.place.listing() if name.endswith(suffix) and self.place.has(name)]
-            if others := sorted(name for name in files if not name.startswith((*FOREIGN, "."))):
+            if others := sorted(name for name in files if not name.startswith(".") and not FOREIGN.fullmatch(name)):
                 yield others
 
     def _locate_shards(self, index: str) -> dict[str, Indexed | None]:

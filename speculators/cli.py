@@ -23,7 +23,7 @@ from speculators.errors import ENVIRONMENT, SpeculatorsError, ValidationError, i
 from speculators.progress import on_terminal
 
 if TYPE_CHECKING:
-    from speculators.conformance import Finding
+    from speculators.conformance import Verdict
     from speculators.convert import ConversionResult
     from speculators.registry import Algorithm, Registry, Standing
     from speculators.validation import Report
@@ -359,7 +359,7 @@ def check(name: str, as_json: bool) -> None:
     plugin = registry.standing(name)
     with tempfile.TemporaryDirectory() as folder:
         bench = conformance.Bench(plugin.name, Path(folder), registry=registry)
-        findings = conformance.examine(bench)
+        findings = conformance.judge(bench)
         passed = all(finding.passed for finding in findings)
         complete = passed and bench.has_checkpoint
     if as_json:
@@ -387,9 +387,8 @@ def example(name: str, output_path: str) -> None:
     from speculators.registry import Registry
 
     draft, verifier = place_example(Registry().get(name).spec, output_path)
-    click.echo(
-        f"Wrote {draft} and {verifier}; convert them with\n    speculators convert {draft} --verifier {verifier}"
-    )
+    command = shlex.join(["speculators", "convert", str(draft), "--verifier", str(verifier)])
+    click.echo(printable(f"Wrote {draft} and {verifier}; convert them with\n    {command}"))
 
 
 @plugins.command()
@@ -402,10 +401,9 @@ def new(name: str, output_path: str | None) -> None:
     from speculators import scaffold
 
     folder = scaffold.write(name, Path(output_path) if output_path else None)
-    click.echo(
-        f"Wrote {folder}; go on with\n    pip install -e '{folder}[test]'\n    speculators plugins check {name}\n"
-        f"and read {folder / 'README.md'}"
-    )
+    package = shlex.quote(f"{folder}[test]")
+    text = f"Wrote {folder}; go on with\n    pip install -e {package}\n    speculators plugins check {name}\n"
+    click.echo(printable(f"{text}and read {folder / 'README.md'}"))
 
 
 @plugins.command()
@@ -415,7 +413,7 @@ def page(name: str) -> None:
     from speculators.pages import page as described_page
     from speculators.registry import Registry
 
-    click.echo(described_page(Registry().get(name)), nl=False)
+    click.echo(printable(described_page(Registry().get(name))), nl=False)
 
 
 BAR = 30
@@ -551,7 +549,7 @@ def _describe_plugins(registry: Registry) -> list[str]:
     return lines
 
 
-def _describe_verdict(plugin: Standing, findings: list[Finding]) -> list[str]:
+def _describe_verdict(plugin: Standing, findings: list[Verdict]) -> list[str]:
     width = max(len(finding.check) for finding in findings)
     lines = [f"{plugin.name}, from {plugin.package} {plugin.version}"]
     for finding in findings:

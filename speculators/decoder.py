@@ -293,8 +293,8 @@ class _Sizes:
 
 def _layer_numbers(context: Context) -> Iterable[int]:
     for found in context.matching.moves.values():
-        if "L" in found.row.bounds:
-            yield found.numbers[0]
+        if "L" in found.row.stops:
+            yield found.numbers[found.row.stops.index("L")]
 
 
 def layer_config(context: Context, facts: Facts) -> tuple[DecoderLayerConfig, list[str]]:

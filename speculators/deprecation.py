@@ -5,6 +5,7 @@ Whatever is listed here still works, and warns whoever uses it, until the number
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -24,14 +25,20 @@ NAMES: dict[str, Replacement] = {}
 """Public name of `speculators` → the public name that takes its place."""
 
 
-def warn(what: str, replacement: Replacement, *, stacklevel: int = 2) -> None:
+def warn(what: str, replacement: Replacement, user: type | None = None) -> None:
     """Tell the author of a plugin what to use in place of something.
+
+    Args:
+        what: What was used.
+        replacement: What to use.
+        user: The class that used it; whoever called the caller by default.
 
     Warns:
         DeprecationWarning: Names both.
     """
-    warnings.warn(
-        f"{what} is deprecated since speculators {replacement.since}; use {replacement.instead}",
-        DeprecationWarning,
-        stacklevel=stacklevel + 1,
-    )
+    message = f"{what} is deprecated since speculators {replacement.since}; use {replacement.instead}"
+    if user is None:
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        return
+    file = getattr(sys.modules.get(user.__module__), "__file__", None) or user.__module__
+    warnings.warn_explicit(message, DeprecationWarning, file, 1, module=user.__module__)

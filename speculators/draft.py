@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -84,6 +85,25 @@ class Rows:
             yield self.checkpoint.tensor(self.name, (start, min(start + ROWS_AT_ONCE, self.count)))
 
 
+@contextmanager
+def running() -> Iterator[None]:
+    """Run a draft model, without gradients.
+
+    Raises:
+        ValidationError: In place of whatever else its code raises, as a config can be wrong in ways that show when it
+            is used.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            yield
+    except (SpeculatorsError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValidationError(f"the draft model cannot be run: {described(error)}") from error
+
+
 class Draft:
     """A draft model with weights, and what stands around it.
 
@@ -120,6 +140,7 @@ class Draft:
         self.dtype = dtype
         self.state_size: int = model.state_size  # type: ignore[assignment]
         self.tokens: int | None = getattr(model, "draft_tokens", None)
+        self._own_embed: Callable[[Tensor], Tensor] | None = getattr(model, "embed", None)
         self._own_logits: Callable[[Tensor], Tensor] | None = getattr(model, "logits", None)
         self._embedding = embedding
         self._head = head
@@ -139,16 +160,9 @@ class Draft:
         Raises:
             ValidationError: Its weights and its config do not make a model that computes anything.
         """
-        import torch
-
-        try:
-            with torch.no_grad():
-                hidden, head_input = self.forward(tokens, self.combine(states), positions)
-                return hidden, self.logits(head_input)
-        except SpeculatorsError:
-            raise
-        except Exception as error:  # a config can be wrong in ways that show when it is used
-            raise ValidationError(f"the draft model cannot be run: {described(error)}") from error
+        with running():
+            hidden, head_input = self.forward(tokens, self.combine(states), positions)
+            return hidden, self.logits(head_input)
 
     def combine(self, states: Tensor) -> Tensor:
         """``[B, T, S]`` hidden states of the verifier → ``[B, T, H]``, what the draft starts from."""
@@ -161,15 +175,21 @@ class Draft:
 
         if positions is None:
             positions = torch.arange(hidden.shape[1])
-        outputs: tuple[Tensor, Tensor] = self.model(
-            self.embed(tokens, hidden.shape[-1]), hidden, positions.to(self.device)
-        )
-        return outputs
+        fed_back, head_input = self.model(self.embed(tokens, hidden.shape[-1]), hidden, positions.to(self.device))
+        expected = (*hidden.shape[:2], *([] if self.tokens is None else [self.tokens]))
+        if head_input.ndim != len(expected) + 1 or tuple(head_input.shape[:-1]) != expected:
+            at_once = "" if self.tokens is None else f", as one pass proposes {self.tokens} tokens"
+            raise ValidationError(
+                f"the draft model gives the LM head {list(head_input.shape)}, expected {[*expected, 'H']}{at_once}"
+            )
+        return fed_back, head_input
 
     def embed(self, tokens: Tensor, width: int) -> Tensor:
         """``[B, T]`` ids → ``[B, T, H]`` embeddings."""
         import torch
 
+        if self._own_embed is not None:
+            return self._own_embed(tokens.to(self.device))
         if self._embedding is None:
             generator = torch.Generator().manual_seed(SEED)
             made = torch.randn(*tokens.shape, width, generator=generator) * EMBEDDING_SCALE
@@ -235,6 +255,8 @@ def of_output(
     inside = {name: partial(converted.tensor, name) for name in converted.tensors if name not in outside}
     if left := sorted(inside.keys() - {name for name, _ in model.named_parameters()}):
         raise ValidationError(f"the output does not fill the draft model: nothing reads {', '.join(left)}")
+    if hasattr(model, "logits") and spec.head in converted.tensors:
+        raise ValidationError(f"the draft model has LM heads of its own, so nothing reads {spec.head}")
     _fill(model, inside, place, precision, "the output")
     _require_tokens(config, model)
     return Draft(
@@ -291,7 +313,7 @@ def of_source(conversion: Conversion, *, device: str = "cpu", dtype: str | None 
 
 def _require_tokens(config: SpeculatorConfig, model: nn.Module) -> None:
     asked = max(method.speculative_tokens for method in config.speculators_config.proposal_methods)
-    made = getattr(model, "draft_tokens", asked)
+    made = min(getattr(model, "draft_tokens", asked), getattr(model, "most_tokens", asked))
     if asked > made:
         raise ValidationError(f"the config proposes {asked} tokens per step, the draft makes no more than {made}")
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Set
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from reprlib import Repr
 from types import UnionType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel
 
 from speculators import deprecation
+from speculators.checkpoint import FORMATS
 from speculators.config import SpeculatorConfig
 from speculators.errors import PluginError, SpeculatorsError, described
 from speculators.plan import Facts
@@ -88,8 +90,8 @@ def check_members(spec: ConverterSpec) -> None:
         except Exception as error:
             raise PluginError(f"{owner}.{member} has no schema: {described(error)}") from error
     for member, replacement in deprecation.MEMBERS.items():
-        if any(member in vars(each) for each in own_classes(spec)):
-            deprecation.warn(f"{owner}.{member}", replacement)
+        if users := [each for each in own_classes(spec) if member in vars(each)]:
+            deprecation.warn(f"{owner}.{member}", replacement, users[0])
     for hook in HOOKS:
         if not callable(found := getattr(spec, hook)):
             raise PluginError(f"{owner}.{hook} is {shown(found)}, expected a method")
@@ -108,6 +110,29 @@ def guarded(spec: ConverterSpec, origin: str) -> ConverterSpec:
         origin: Package and version of the plugin, for messages.
     """
     return cast("ConverterSpec", _Guarded(spec, origin))
+
+
+STATED = ("vocab_size", "target_hidden_size")
+"""Sizes of the verifier that a config may state."""
+
+
+def stated(spec: ConverterSpec, config: SpeculatorConfig) -> tuple[dict[str, int], int | None]:
+    """Return what a config says of its verifier's sizes, and of the draft's positions; both may be a plugin's code.
+
+    Raises:
+        HookError: They are something else.
+    """
+    origin = cast("_Guarded", spec)._origin if isinstance(spec, _Guarded) else type(spec).__module__
+    owner = type(config).__qualname__
+    try:
+        sizes, positions = config.verifier_sizes, config.positions
+    except Exception as error:
+        raise HookError(origin, f"{owner} raised {described(error)}") from error
+    if not isinstance(sizes, dict) or not {*STATED}.issuperset(sizes) or not _all(Integral, sizes.values()):
+        raise HookError(origin, f"{owner}.verifier_sizes is {shown(sizes)}, expected whole numbers for {STATED}")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise HookError(origin, f"{owner}.positions is {shown(positions)}, expected a positive whole number or None")
+    return sizes, positions
 
 
 def unguarded(spec: ConverterSpec) -> ConverterSpec:
@@ -250,10 +275,14 @@ def _offers(model: nn.Module) -> dict[str, bool]:
 
 
 def _wrong_offers(model: nn.Module) -> str:
-    tokens = getattr(model, "draft_tokens", 1)
-    if type(tokens) is not int or tokens < 1:
-        return f"with draft_tokens {shown(tokens)}, expected a positive whole number"
-    return "" if callable(getattr(model, "logits", len)) else "with logits that cannot be called"
+    for name in ("draft_tokens", "most_tokens"):
+        count = getattr(model, name, 1)
+        if type(count) is not int or count < 1:
+            return f"with {name} {shown(count)}, expected a positive whole number"
+    for name in ("embed", "logits"):
+        if not callable(getattr(model, name, len)):
+            return f"with {name} that cannot be called"
+    return ""
 
 
 def _example(spec: ConverterSpec, found: Any) -> None:
@@ -264,6 +293,18 @@ def _example(spec: ConverterSpec, found: Any) -> None:
     _parts(spec, found.parts, "an Example with parts ")
     fits = isinstance(found.config, Mapping) and _is_json(dict(found.config))
     _require(fits, found.config, "what JSON knows", "an Example with the config ")
+    arrays = isinstance(found.tensors, Mapping) and all(map(_is_array, found.tensors.values()))
+    _require(arrays and _all(str, found.tensors), found.tensors, "names and arrays", "an Example with tensors ")
+    fits = isinstance(found.file, str) and Path(found.file).name == found.file and Path(found.file).suffix in FORMATS
+    _require(fits, found.file, f"a name that ends in {', '.join(FORMATS)}", "an Example with the file ")
+    fits = isinstance(found.optional, Set) and _all(str, found.optional)
+    _require(fits, found.optional, "a frozenset of names", "an Example with optional ")
+
+
+def _is_array(found: object) -> bool:
+    import numpy as np
+
+    return isinstance(found, np.ndarray)
 
 
 def _targets(spec: ConverterSpec, found: Any, place: str = "") -> None:

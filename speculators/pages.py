@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LAYER_SYMBOLS = frozenset({"heads", "kv_heads", "head_dim"})
 """What the shapes of a table name whose rows come from `speculators.decoder`."""
 
-_MEANING = re.compile(r"^ *``(\w+)``  +(\S.*)$|^ +(\w+): (\S.*)$", re.MULTILINE)
+_MEANING = re.compile(r"^ *``(\w+)``  +(\S.*)$|^ *(\w+): (\S.*)$", re.MULTILINE)
 _PLACE = re.compile(r"\{(\w+):(\w+)\}")
 
 
@@ -109,7 +109,7 @@ def type_name(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if choices:
         return " or ".join(type_name(each, definitions) for each in choices if each.get("type") != "null")
     if "enum" in schema or "const" in schema:
-        return " or ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
     kind = str(schema.get("type", "any"))
     if kind == "array":
         return f"list of {type_name(schema['items'], definitions)}" if "items" in schema else "list"

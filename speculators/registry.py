@@ -128,8 +128,11 @@ class Registry:
         return [loaded for loaded in map(self._load, self.names) if isinstance(loaded, BrokenPlugin)]
 
     def describe_owner(self, name: str) -> str | None:
-        """Return package and version of what brings an algorithm of this name; ``None`` when nothing does."""
-        return " and ".join(claim.origin for claim in self._claims[name]) if name in self._claims else None
+        """Return package and version of what brings an algorithm of this name or alias; ``None`` when nothing does."""
+        if name in self._claims:
+            return " and ".join(claim.origin for claim in self._claims[name])
+        known = [each for each in self.algorithms if name in each.spec.aliases]
+        return " and ".join(f"{each.spec.name}, {each.origin}" for each in known) or None
 
     @property
     def contested(self) -> dict[str, list[Algorithm]]:
@@ -239,7 +242,7 @@ class Registry:
             plugin = self._claims[name][0]
             try:
                 self._loaded[name] = self._usable(plugin)
-            except (KeyboardInterrupt, MemoryError):
+            except (KeyboardInterrupt, MemoryError, DeprecationWarning):  # the last where warnings are made errors
                 raise
             except BaseException as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
                 reason = str(error) if isinstance(error, PluginError) else described(error)

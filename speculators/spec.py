@@ -119,7 +119,7 @@ from speculators.config import (
     TokenProposal,
     VerifierReference,
 )
-from speculators.errors import OptionError
+from speculators.errors import CheckpointError, OptionError
 from speculators.plan import Facts, Matching
 from speculators.table import Table
 from speculators.verifier import Verifier
@@ -221,8 +221,13 @@ class Context:
         said = str(self.settings.get("dtype") or self.settings.get("torch_dtype") or "").removeprefix("torch.")
         if said in dtypes.STORED_NAMES and dtypes.STORED_NAMES[said] in dtypes.FLOATS:
             return said
-        stored = Counter(self.source.tensors[found.source].dtype for found in self.matching.moves.values())
-        return next(dtypes.TORCH_NAMES[dtype] for dtype, _ in stored.most_common() if dtype in dtypes.FLOATS)
+        read = [move.source for move in self.matching.moves.values()]
+        read += [rework.source for rework in self.matching.reworked]
+        stored = Counter(self.source.tensors[name].dtype for name in read).most_common()
+        found = [dtypes.TORCH_NAMES[dtype] for dtype, _ in stored if dtype in dtypes.FLOATS]
+        if not found:
+            raise CheckpointError(f"{self.source.name} holds no tensor of the draft with floating-point numbers")
+        return found[0]
 
     def common_fields(self, algorithm: str, most_tokens: int | None = None) -> dict[str, Any]:
         """Return the fields of `SpeculatorConfig` that do not depend on the algorithm, to be passed on as ``**``.
@@ -570,23 +575,26 @@ class ConverterSpec(ABC, Generic[Config]):
             ``(hidden, head_input)``, both ``[B, T, H]``: what is fed back for the next draft token,
             and what the LM head is applied to.
 
+        Widths are the model's own: ``combine`` may hold weights and lead from ``S`` to any ``H``, which is
+        that of ``hidden`` from then on, and of what is fed back; embeddings are as wide as their table, and
+        ``head_input`` as the LM head.
+
         It may offer:
 
         ``draft_tokens``
             ``K``, where one pass proposes that many tokens, none of which depends on another. ``head_input``
             is ``[B, T, K, H]`` then, nothing is fed back, and no more than ``K`` tokens are ever asked for.
+        ``most_tokens``
+            How many tokens it can propose one after another, where it was trained for no more; a config that
+            proposes more is refused.
+        ``embed(tokens)``
+            ``[B, T]`` ids, int64, → what ``forward`` gets as embeddings, where they are parameters of its own
+            rather than the one table called ``embedding``.
         ``logits(head_input)``
             ``[..., H]`` → ``[..., DV]``, where it has LM heads of its own rather than the one called ``head``;
             with ``K`` tokens per pass ``[..., K, H]`` → ``[..., K, DV]``.
 
-        ``B`` is a batch, ``T`` a sequence, ``H`` the draft's hidden size, ``DV`` its vocabulary. All floating tensors
-        have the dtype that the draft runs in. The forward must be causal: position ``t`` depends on none after it.
-
-        Args:
-            config: As for `dims`. It need not come from this plugin's `configure`.
-
-        Raises:
-            Exception: Any other than a `PluginError` is a failed check (``forward``), as the config may be at fault.
+        A draft whose weights differ by step can count the steps in what it feeds back.
         """
 
     def example(self, verifier: Verifier) -> Example | None:

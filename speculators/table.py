@@ -97,6 +97,11 @@ class Row:
         return _compile(self.source)
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        """What each numbered place runs up to, in the order of the places."""
+        return tuple(stop for _, stop in _ranges(self.source))
+
+    @property
     def name(self) -> str:
         """The source pattern in the spelling that training code uses."""
         return re.sub(r"\(([^()|]*)[^()]*\)", r"\1", self.source)
@@ -168,11 +173,11 @@ class Rename(Row):
             ValueError: There are more than any draft has.
         """
         ranges = [range(evaluate(start, dims), evaluate(stop, dims)) for start, stop in _ranges(self.source)]
-        if math.prod(each.stop for each in ranges) > MOST_NUMBERS:
-            said = " times ".join(stop for _, stop in _ranges(self.source))
-            raise ValueError(
-                f"{said} is {math.prod(each.stop for each in ranges)}, at most {MOST_NUMBERS} can be converted"
-            )
+        for stop, each in zip(self.stops, ranges, strict=True):
+            if each.stop > MOST_NUMBERS:
+                raise ValueError(f"{stop} is {each.stop}, at most {MOST_NUMBERS} can be converted")
+        if (count := math.prod(map(len, ranges))) > MOST_NUMBERS:
+            raise ValueError(f"{' times '.join(self.stops)} is {count}, at most {MOST_NUMBERS} can be converted")
         return list(itertools.product(*ranges))
 
 
@@ -313,13 +318,15 @@ class Table:
 
     def _check_names(self) -> None:
         reading = (*self.moving, *self.reworked)
+        named = [name for row in self.rows for name in (row.source, *(row.targets if isinstance(row, Split) else ()))]
+        literal = {int(number) for name in named for number in re.findall(r"(?<![^.|(])\d{1,9}(?![^.|)])", name)}
         for row in reading:
             others = [other for other in reading if other is not row]
-            for sample in _samples(row.source):
+            for sample in _samples(row.source, literal):
                 if clash := next((other for other in others if other.regex.fullmatch(sample)), None):
                     raise ValueError(f"rows {row.source!r} and {clash.source!r} both match {sample!r}")
         for row in self.moving:
-            for sample in _samples(row.target):
+            for sample in _samples(row.target, literal):
                 if clash := next(
                     (other for other in self.moving if other is not row and _compile(other.target).fullmatch(sample)),
                     None,
@@ -449,10 +456,11 @@ def _ranges(pattern: str) -> list[tuple[str, str]]:
     return re.findall(r"\{(\w+):(\w+)\}", pattern)
 
 
-def _samples(pattern: str) -> list[str]:
-    """List one name for each combination of alternatives, at the first number."""
-    names = [fill(pattern, tuple(int(start) for start, _ in _ranges(pattern)))]
-    while "(" in names[0]:
+def _samples(pattern: str, literal: Iterable[int]) -> list[str]:
+    """List names for each combination of alternatives, at the first numbers and at those that other rows name."""
+    places = [{int(start), *(number for number in literal if number > int(start))} for start, _ in _ranges(pattern)]
+    names = [fill(pattern, numbers) for numbers in itertools.product(*places)]
+    while any("(" in name for name in names):
         names = [re.sub(r"\([^()]*\)", choice, name, count=1) for name in names for choice in _choices(name)]
     return names
 

@@ -17,6 +17,7 @@ from speculators import prompts as prompting
 from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import CheckpointError, OptionError, ValidationError, reading
+from speculators.guard import stated
 from speculators.output import PROVENANCE_FILE
 from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
@@ -327,12 +328,16 @@ def check_structure(output: _Output) -> Check:
     facts = Facts(dict(spec.dims(config)), spec.parts(config))
     planned = plan(table, tensors, match(table, tensors), facts, verifier.shapes)
     findings = [*planned.findings, *(f"{name} has no place: {why}" for name, why in planned.dropped.items())]
+    said, _ = stated(spec, config)
     theirs = {"vocab_size": verifier.vocab_size, "target_hidden_size": verifier.hidden_size}
     findings += [
-        f"{key} is {said}, the verifier's is {theirs[key]}"
-        for key, said in config.verifier_sizes.items()
-        if said != theirs[key]
+        f"{key} is {size}, the verifier's is {theirs[key]}" for key, size in said.items() if size != theirs[key]
     ]
+    if spec.targets(output.converted, spec.draft_to_target) is None and config.draft_vocab_size != verifier.vocab_size:
+        findings.append(
+            f"draft_vocab_size is {config.draft_vocab_size}, the verifier knows {verifier.vocab_size} tokens, and "
+            "nothing maps one to the other"
+        )
     findings = findings or spec.inspect(output.converted, config)
     detail = f"{len(tensors)} tensors with the names, shapes and dtypes that config.json requires"
     return Check("structure", not findings, "; ".join(findings) or detail)
@@ -350,7 +355,8 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
     if unsound := _unsound(output.converted):
         return [Check("forward", False, f"{unsound}: the weights are unsound")]
     verifier = output.verifier
-    batches = parity.batches(verifier.vocab_size, output.config.positions or verifier.max_positions or 0)
+    _, positions = stated(output.spec, output.config)
+    batches = parity.batches(verifier.vocab_size, positions or verifier.max_positions or 0)
     draft = output.draft(device)
     runs = [parity.run(draft, batch) for batch in batches]
     again = parity.run(draft, batches[0])
@@ -364,7 +370,10 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
             return [Check("forward", False, detail)]
     if not torch.equal(runs[0].hidden, again.hidden):
         return [Check("forward", False, f"hidden states differ between two runs on {device}")]
-    logits = runs[0].logits
+    logits, size = runs[0].logits, output.config.draft_vocab_size
+    if logits is not None and logits.shape[-1] != size:
+        detail = f"the config says draft_vocab_size {size}, and the logits are for {logits.shape[-1]} tokens"
+        return [Check("forward", False, detail)]
     seen = f"hidden states {list(runs[0].hidden.shape)}"
     seen += "" if logits is None else f" and logits {list(logits.shape)}"
     unseen = "; no logits, as no file holds the LM head" if logits is None else ""

@@ -354,6 +354,58 @@ MISTAKES = (
         "distinct",
     ),
     Mistake(
+        "a checkpoint of another family is recognised",
+        {"<= set(source.tensors)": '<= set(source.tensors) or "midlayer.mlp.up_proj.weight" in source.tensors'},
+        "distinct",
+        "recognises() says yes to a checkpoint of eagle3",
+        "distinct",
+    ),
+    Mistake(
+        "a row that drops what nobody knows",
+        {'Drop("trainer.**"': 'Drop("mix.weight_*", "averages of a trainer"),\n            Drop("trainer.**"'},
+        "damage",
+        "the checkpoint with mix.weight_misnamed, which nobody knows, beside mix.weight is converted",
+        "damage",
+    ),
+    Mistake(
+        "a size that is whatever is there",
+        {
+            '"fuse.bias", "H", part="bias"': '"fuse.bias", "B", part="bias"',
+            '"L": rungs}': '"L": rungs, "B": (context.shape("fuse.bias") or (64,))[0]}',
+            '"I": config.inner}': '"I": config.inner, "B": 64}',
+            '"I": 24}': '"I": 24, "B": 64}',
+        },
+        "damage",
+        "input.bias of shape [65] in place of [64] is converted all the same",
+        "damage",
+    ),
+    Mistake(
+        "whole numbers taken for weights",
+        {'"combiner.weight", "H, 2*H")': '"combiner.weight", "H, 2*H", dtypes=("F32", "F16", "BF16", "I64"))'},
+        "damage",
+        "mix.weight of I64 in place of F32 is converted all the same",
+        "recognised",
+    ),
+    Mistake(
+        "the first sequence for all",
+        {
+            "                    hidden = step(hidden)\n                return hidden, hidden": "                    hidden = step(hidden)\n                hidden = hidden[:1].expand_as(hidden)\n                return hidden, hidden"
+        },
+        "reference",
+        "draft_hidden_states are other",
+        "causal",
+    ),
+    Mistake(
+        "a mean over all tokens",
+        {
+            "                    hidden = step(hidden)\n                return hidden, hidden": "                    hidden = step(hidden)\n                hidden = hidden * len(positions)\n                return hidden, hidden"
+        },
+        "forward",
+        "hidden states by",
+        "forward",
+        bare="reference",
+    ),
+    Mistake(
         "nothing is recognised",
         {'"rungs.0.turn.weight"} <= set': '"rungs.0.turn"} <= set'},
         "recognised",

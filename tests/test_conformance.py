@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from installing import TOY, Announce
 from safetensors.torch import load_file, save_file
 from seeded import LADDER, MISTAKES, Mistake, changed, without_original
 
-from speculators import PluginError, Registry, Verifier, examples
-from speculators.conformance import CHECKS, Bench, Finding, examine
+from speculators import PluginError, Registry, Table, Verifier, convert_model, examples
+from speculators.conformance import CHECKS, Bench, Verdict, judge
 from speculators.testing import Conformance, NonconformanceError
 
 PAGE = Path(__file__).parents[1] / "docs" / "plugins" / "conformance.md"
@@ -114,17 +115,17 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
     return write_native(tmp_path_factory.mktemp("native"))
 
 
-def failed(bench: Bench, left_out: Iterable[str] = ()) -> list[Finding]:
+def failed(bench: Bench, left_out: Iterable[str] = ()) -> list[Verdict]:
     checks = [check for check in CHECKS if check.name not in left_out]
-    return [finding for finding in examine(bench, checks=checks) if not finding.passed]
+    return [finding for finding in judge(bench, checks=checks) if not finding.passed]
 
 
-def first_failure(bench: Bench, expected: str) -> Finding | None:
+def first_failure(bench: Bench, expected: str) -> Verdict | None:
     """Run checks until one fails; those that take long where they are expected to, or where none is."""
     long = (*IN_PROCESSES, "distinct", "damage", "optional", "whole") if expected else IN_PROCESSES
     for check in CHECKS:
         if check.name == expected or check.name not in long:
-            for finding in examine(bench, checks=[check]):
+            for finding in judge(bench, checks=[check]):
                 if not finding.passed:
                     return finding
     return None
@@ -153,7 +154,7 @@ def test_checks_depend_on_no_order_and_can_be_made_again(native: Native, beside_
     bench = Bench("ladder", tmp_path)
 
     for _ in range(2):
-        findings = examine(bench, checks=[check for check in reversed(CHECKS) if check.name not in IN_PROCESSES])
+        findings = judge(bench, checks=[check for check in reversed(CHECKS) if check.name not in IN_PROCESSES])
         assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -200,6 +201,8 @@ def test_what_the_original_code_computed_shows_it_without_the_plugin_s_own_words
         ("tokens shifted once more", "causal", "computed at position 7 changes with a later token"),
         ("tokens shifted once more, padded with zeros", "causal", "computed at position 8 ignores its own token"),
         ("later tokens are seen", "causal", "computed at position 7 changes with a later token"),
+        ("the first sequence for all", "causal", "computed for a sequence depends on another one beside it"),
+        ("a mean over all tokens", "causal", "computed for a token depends on how many follow"),
     ],
 )
 def test_some_wrong_forwards_show_when_nobody_says_what_is_right(
@@ -222,6 +225,118 @@ def test_a_wrong_state_is_told_by_the_verifier_itself(native: Native, beside_our
 
     assert found.check == "reference"
     assert "state_layers() says [5, 8], and verifier_hidden_states are those of layers 4, 8" in found.detail
+
+
+def run(name: str, bench: Bench) -> None:
+    """Make one check."""
+    (check,) = (each for each in CHECKS if each.name == name)
+    check.run(bench)
+
+
+def test_another_plugin_that_takes_the_checkpoint_for_its_own_is_named(
+    native: Native, beside_ours: Announce, tmp_path: Path
+) -> None:
+    beside_ours("ladder", LADDER)
+    beside_ours("toy", TOY.replace('set(source.tensors) == {"toy.weight"}', "True"))
+
+    with pytest.raises(NonconformanceError, match=r"toy \(speculators-toy 0\.3\.0\) recognises this checkpoint, too"):
+        run("distinct", Bench("ladder", tmp_path, **native))
+
+
+def test_a_byte_that_is_not_the_source_s_is_found(native: Native, beside_ours: Announce, tmp_path: Path) -> None:
+    beside_ours("ladder", LADDER)
+    bench = Bench("ladder", tmp_path, **native)
+    written = bench.converted.output_path / "model.safetensors"
+    data = bytearray(written.read_bytes())
+    data[-1] ^= 1
+    written.write_bytes(data)
+
+    with pytest.raises(NonconformanceError, match=r"is not, bit for bit, "):
+        run("unchanged", bench)
+
+
+def test_a_table_that_leads_back_elsewhere_is_found(
+    native: Native, beside_ours: Announce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_ours("ladder", LADDER)
+    monkeypatch.setattr(Table, "native", lambda self, target: "mix.weight")
+
+    with pytest.raises(NonconformanceError, match=r"and reads that back as mix\.weight"):
+        run("reversible table", Bench("ladder", tmp_path, **native))
+
+
+@contextmanager
+def in_place(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Let an output grow where it will stand."""
+    path.mkdir(exist_ok=True)
+    yield path
+
+
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [("whole", "a full disk at change [0-9]+ leaves half an output"), ("damage", "a refused checkpoint leaves out")],
+)
+def test_an_output_that_grows_where_it_stands_is_found(
+    check: str, says: str, native: Native, beside_ours: Announce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_ours("ladder", LADDER)
+    monkeypatch.setattr("speculators.output.staged", in_place)
+
+    with pytest.raises(NonconformanceError, match=says):
+        run(check, Bench("ladder", tmp_path, **native))
+
+
+def test_what_is_written_before_a_refusal_is_found_though_it_is_tidied_up(
+    native: Native, beside_ours: Announce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_ours("ladder", LADDER)
+    bench = Bench("ladder", tmp_path, **native)
+
+    def hasty(source: Path, output_path: Path, **more: Any) -> Any:
+        (output_path.parent / "model.safetensors").write_bytes(b"")
+        (output_path.parent / "model.safetensors").unlink()
+        return convert_model(source, output_path=output_path, **more)
+
+    monkeypatch.setattr("speculators.conformance.bench.convert_model", hasty)
+
+    with pytest.raises(NonconformanceError, match=r"before a checkpoint is refused, model\.safetensors is written"):
+        run("damage", bench)
+
+
+def test_a_draft_vocabulary_that_the_logits_do_not_have_is_no_forward(
+    native: Native, beside_ours: Announce, tmp_path: Path
+) -> None:
+    source = changed(
+        {
+            "copies_embedding = True": "copies_embedding = True\n    draft_to_target = 'd2t'",
+            'draft_vocab_size=facts.dims["V"]': 'draft_vocab_size=facts.dims["H"]',
+            '"V": config.draft_vocab_size': '"V": 128',
+            "    def build(": "    def targets(self, checkpoint, name):\n        return np.arange(64)\n\n    def build(",
+        }
+    )
+    beside_ours("ladder", source)
+
+    with pytest.raises(NonconformanceError, match="draft_vocab_size 64, and the logits are for 128 tokens"):
+        run("forward", Bench("ladder", tmp_path, **native))
+
+
+def test_a_checkpoint_that_is_not_tiny_is_not_written_again_and_again(
+    native: Native, beside_ours: Announce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_ours("ladder", LADDER)
+    monkeypatch.setattr("speculators.conformance.bench.LARGEST", 1 << 10)
+
+    with pytest.raises(NonconformanceError, match="give a checkpoint of 0 MiB or less"):
+        run("damage", Bench("ladder", tmp_path, **native))
+
+
+def test_required_options_and_plurals_are_no_mistakes(native: Native, beside_ours: Announce, tmp_path: Path) -> None:
+    fields = "    layer: int = Field(description='One.')\n    layers: int = Field(default=1, description='Many.')\n"
+    beside_ours("ladder", changed({"    slope: float = Field(": f"{fields}    slope: float = Field("}))
+
+    run("strict options", Bench("ladder", tmp_path))
+    run("strict options", Bench("ladder", tmp_path, options={"layer": 1}, **native))
+    run("alternatives", Bench("ladder", tmp_path, options={"layer": 1}, **native))
 
 
 def test_one_reason_is_told_once(native: Native, beside_ours: Announce, tmp_path: Path) -> None:
@@ -309,7 +424,7 @@ def test_a_plugin_that_is_installed_twice_is_told_once(native: Native, beside_ou
     beside_ours("ladder", LADDER)
     beside_ours("ladder", LADDER, package="ladders-r-us", version="2.0")
 
-    (told,) = examine(Bench("ladder", tmp_path, **native))
+    (told,) = judge(Bench("ladder", tmp_path, **native))
 
     assert (told.check, told.passed) == ("found", False)
     assert "ladders-r-us 2.0 and speculators-ladder 0.3.0 both bring an algorithm of this name" in told.detail
@@ -318,14 +433,14 @@ def test_a_plugin_that_is_installed_twice_is_told_once(native: Native, beside_ou
 def test_a_plugin_that_prints_when_it_is_imported_is_no_heavy_one(beside_ours: Announce, tmp_path: Path) -> None:
     beside_ours("ladder", LADDER.replace("import numpy as np\n", "import numpy as np\n\nprint('torch', end='')\n"))
 
-    assert [finding.passed for finding in examine(Bench("ladder", tmp_path), checks=CHECKS[:3])] == [True] * 3
+    assert [finding.passed for finding in judge(Bench("ladder", tmp_path), checks=CHECKS[:3])] == [True] * 3
 
 
 def test_a_plugin_that_ends_the_process_is_told(beside_ours: Announce, tmp_path: Path) -> None:
     beside_ours("ladder", LADDER + "\nimport os, sys\n\nif 'pytest' not in sys.modules:\n    os._exit(3)\n")
 
     (light,) = (check for check in CHECKS if check.name == "light")
-    (found,) = examine(Bench("ladder", tmp_path), checks=[light])
+    (found,) = judge(Bench("ladder", tmp_path), checks=[light])
 
     assert found.detail == "in a process of its own: it ends with 3 and says nothing"
 
@@ -334,7 +449,7 @@ def test_a_plugin_without_an_example_is_checked_as_far_as_that_goes(beside_ours:
     beside_ours("toy", TOY.replace("def example(", "def _example("))
     bench = Bench("toy", tmp_path)
 
-    assert [finding.check for finding in examine(bench) if finding.passed] == [
+    assert [finding.check for finding in judge(bench) if finding.passed] == [
         check.name for check in CHECKS if not check.needs
     ]
     for check in CHECKS:
@@ -371,7 +486,7 @@ def test_a_file_of_reference_outputs_that_is_none(
     (reference,) = (check for check in CHECKS if check.name == "reference")
     (tmp_path / "bench").mkdir()
 
-    (found,) = examine(Bench("ladder", tmp_path / "bench", **{**native, "reference": file}), checks=[reference])
+    (found,) = judge(Bench("ladder", tmp_path / "bench", **{**native, "reference": file}), checks=[reference])
 
     assert not found.passed
     assert says in found.detail

@@ -263,10 +263,11 @@ def test_a_strangers_plugin_has_a_page(install: Install) -> None:
         "| `both.{0:N}.weight` | `up.{0:N}.weight`<br>`down.{0:N}.weight` | | holds them one after another |",
         "| `half` | `whole` | `[I, H]` | piece 0 of it |",
         r"| `**.(a\|b)` | refused | cannot be |",
-        "Sizes that the plugin works out: `N`, `H`, `I`, `V`.",
+        "| `N` | layers |",
+        "Sizes that the plugin works out: `H`, `I`, `V`.",
         r"| `given` | boolean | required | Must be \| given. |",
         "| `sizes` | list of integer | `[]` | Sizes. |",
-        '| `kind` | `"a"` or `"b"` | `"a"` | Kind. |',
+        '| `kind` | "a" or "b" | `"a"` | Kind. |',
         "| `ratio` | number above 0 to 2 | `1.0` | Ratio. |",
     ):
         assert line in page.splitlines(), line

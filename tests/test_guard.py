@@ -146,10 +146,15 @@ def test_a_hook_that_raises_is_named_with_its_plugin(
         ("build", model("{'forward': torch.nn.Module.forward}"), "and it lacks forward"),
         ("build", model("{'draft_tokens': 0}"), "with draft_tokens 0, expected a positive whole number"),
         ("build", model("{'logits': 1}"), "with logits that cannot be called"),
+        ("build", model("{'embed': None}"), "with embed that cannot be called"),
+        ("build", model("{'most_tokens': '4'}"), "with most_tokens '4', expected a positive whole number"),
         ("example", "{}", "{}, expected an Example or None"),
         ("example", "speculators.Example({}, {'H': 'many'})", "an Example with dims {'H': 'many'}, expected a mapping"),
         ("example", "speculators.Example({}, {}, frozenset({'bias'}))", "an Example with parts frozenset({'bias'})"),
         ("example", "speculators.Example({'a': {1}}, {})", "an Example with the config {'a': {1}}, expected what JSON"),
+        ("example", "speculators.Example({}, {}, tensors={'a': [1]})", "an Example with tensors {'a': [1]}, expected"),
+        ("example", "speculators.Example({}, {}, file='../head.pt')", "an Example with the file '../head.pt', "),
+        ("example", "speculators.Example({}, {}, optional='fc.bias')", "an Example with optional 'fc.bias', expected"),
     ],
 )  # fmt: skip
 def test_a_hook_that_returns_something_else_is_named_with_what_was_expected(

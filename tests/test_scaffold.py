@@ -15,7 +15,7 @@ from installing import TOY, Announce
 
 from speculators import Checkpoint, OptionError, PluginError, Registry, scaffold
 from speculators.cli import cli
-from speculators.conformance import Bench, examine
+from speculators.conformance import Bench, judge
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,8 @@ def run(*arguments: str | Path) -> Result:
 @pytest.mark.parametrize(
     ("name", "package", "module", "cls"),
     [
-        ("medusa", "speculators-medusa", "speculators_medusa", "MedusaConfig"),
+        ("none", "speculators-none", "speculators_none", "NoneConfig"),
+        ("example", "speculators-example", "speculators_example", "ExampleConfig"),
         ("p-eagle2", "speculators-p-eagle2", "speculators_p_eagle2", "PEagle2Config"),
         ("mlp_heads", "speculators-mlp-heads", "speculators_mlp_heads", "MlpHeadsConfig"),
     ],
@@ -44,12 +45,13 @@ def test_a_new_plugin_keeps_every_promise(
     registry = Registry(EntryPoints([EntryPoint(name, module, "speculators")]))
     assert registry.get(name).spec.config.__name__ == cls
     needing_metadata = {"light", "reproducible"}  # which start processes that see installed packages alone
-    findings = examine(Bench(name, tmp_path, registry=registry))
+    findings = judge(Bench(name, tmp_path, registry=registry))
     assert [each for each in findings if not each.passed and each.check not in needing_metadata] == []
 
 
-def test_a_new_plugin_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
-    folder = scaffold.write("medusa", tmp_path / "new")
+@pytest.mark.parametrize("name", ["medusa", "table", "p-eagle2", "a" * scaffold.LONGEST_NAME])
+def test_a_new_plugin_is_formatted_and_free_of_lint(name: str, tmp_path: Path) -> None:
+    folder = scaffold.write(name, tmp_path / "new")
 
     for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         ran = subprocess.run([sys.executable, "-m", *tool], cwd=folder, capture_output=True, text=True, check=False)
@@ -61,21 +63,29 @@ def test_a_new_plugin_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["", "Medusa", "3d", "a b", "a--b", "-a", "auto", "a.b", "../a", "é"])
+@pytest.mark.parametrize("name", ["", "Medusa", "3d", "a b", "a--b", "-a", "auto", "a" * 31, "a.b", "../a", "é"])
 def test_a_name_that_no_package_can_have_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="is no name for an algorithm"):
+    with pytest.raises(OptionError, match=r"is no (name for an )?algorithm"):
         scaffold.write(name, tmp_path / "new")
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_name_of_an_installed_algorithm_is_refused(tmp_path: Path) -> None:
-    result = run("plugins", "new", "eagle3", "--output-path", tmp_path / "new")
+@pytest.mark.parametrize(
+    ("name", "owner"), [("eagle3", "speculators-eagle3 1.0.0"), ("eagle1", "eagle, speculators-eagle 1.0.0")]
+)
+def test_the_name_or_alias_of_an_installed_algorithm_is_refused(name: str, owner: str, tmp_path: Path) -> None:
+    result = run("plugins", "new", name, "--output-path", tmp_path / "new")
 
     assert (result.exit_code, result.output) == (
         2,
-        "Error: an algorithm 'eagle3' is installed already (speculators-eagle3 1.0.0); choose another name\n",
+        f"Error: an algorithm {name!r} is installed already ({owner}); choose another name\n",
     )
+
+
+def test_a_name_that_gives_a_class_the_name_of_one_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'speculator' would have a class SpeculatorConfig, which"):
+        scaffold.write("speculator", tmp_path / "new")
 
 
 @pytest.mark.parametrize("command", [["new", "medusa"], ["example", "eagle3"]])

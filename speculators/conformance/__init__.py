@@ -12,11 +12,11 @@ from speculators.conformance.bench import Bench, NonconformanceError
 from speculators.conformance.checks import CHECKS, Check, check_found
 from speculators.errors import SpeculatorsError, described
 
-__all__ = ["CHECKS", "Bench", "Check", "Finding", "NonconformanceError", "examine"]
+__all__ = ["CHECKS", "Bench", "Check", "NonconformanceError", "Verdict", "judge"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Verdict:
     """The outcome of one check; ``detail`` says what is wrong."""
 
     check: str
@@ -24,9 +24,9 @@ class Finding:
     detail: str = ""
 
 
-def examine(bench: Bench, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+def judge(bench: Bench, checks: Iterable[Check] = CHECKS) -> list[Verdict]:
     """Run all checks for which there is what they need; a reason that was told already is only referred to."""
-    findings: list[Finding] = []
+    findings: list[Verdict] = []
     told: dict[str, str] = {}
     for check in checks:
         try:
@@ -34,14 +34,14 @@ def examine(bench: Bench, checks: Iterable[Check] = CHECKS) -> list[Finding]:
                 continue
             check.run(bench)
         except (NonconformanceError, SpeculatorsError) as error:
-            reason = str(error)
+            reason = str(error) or described(error)
         except Exception as error:  # noqa: BLE001 - whatever a plugin makes of its own data
             reason = described(error)
         else:
-            findings.append(Finding(check.name, True))
+            findings.append(Verdict(check.name, True))
             continue
-        same = next((name for said, name in told.items() if said in reason or reason in said), None)
-        findings.append(Finding(check.name, False, reason if same is None else f"as {same!r}"))
+        same = next((name for said, name in told.items() if reason.endswith(said) or said.endswith(reason)), None)
+        findings.append(Verdict(check.name, False, reason if same is None else f"as {same!r}"))
         told.setdefault(reason, check.name)
         if check.run is check_found:
             break

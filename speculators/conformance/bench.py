@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, tuple[TensorInfo, bytes]]
 
+LARGEST = 64 << 20
+"""Bytes of a checkpoint that is still tiny."""
+
+PATIENCE = 600
+"""Seconds that a process of its own may take."""
+
 
 class NonconformanceError(AssertionError):
     """A plugin does not keep a promise; the message says which, and what to do."""
@@ -177,12 +183,18 @@ class Bench:
     @cached_property
     def tensors(self) -> dict[str, tuple[TensorInfo, bytes]]:
         """All tensors of the native checkpoint."""
+        size = sum(info.nbytes for info in self.source.tensors.values())
+        if size > LARGEST:
+            raise NonconformanceError(
+                f"{self.source.name} holds {size >> 20} MiB of tensors, and is written again and again here; give a "
+                f"checkpoint of {LARGEST >> 20} MiB or less"
+            )
         return contents(self.source)
 
     def damaged(self, folder: Path, tensors: Tensors) -> Path:
         """Write the native checkpoint with other tensors into a new folder."""
         folder.mkdir()
-        shutil.copy(self.source.place.path(CONFIG_FILE), folder)
+        shutil.copyfile(self.source.place.path(CONFIG_FILE), folder / CONFIG_FILE)
         write_safetensors(folder, (Payload(name, info, [memoryview(data)]) for name, (info, data) in tensors.items()))
         return folder
 
@@ -204,6 +216,7 @@ class Bench:
             encoding="utf-8",
             errors="replace",
             check=False,
+            timeout=PATIENCE,
         )
         if ran.returncode:
             said = ran.stderr.strip().splitlines() or [f"it ends with {ran.returncode} and says nothing"]

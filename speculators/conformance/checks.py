@@ -41,10 +41,16 @@ REFERENCE: Mapping[str, tuple[tuple[int, ...], bool]] = {
 }
 """Tensors that a file of reference outputs must hold → how many dimensions, and whether they hold fractions."""
 
+MORE_REFERENCE = ("draft_hidden_states", "draft_token_ids", "chain_token_ids", "input_ids")
+"""Those that it may hold, too."""
+
 STATES_TOLERANCE = 1e-2
 """Largest difference to the verifier's states over the largest value: it may have run in another dtype."""
 
-SEES = 1e-6
+WRITTEN = (".safetensors", ".json")
+"""Endings of what an output consists of."""
+
+SEES = 1e-5
 """Largest difference over the largest value that is no effect of another token."""
 
 
@@ -276,7 +282,10 @@ def check_alternatives(bench: Bench) -> None:
     for other in bench.spec.alternatives(bench.config, bench.base):
         value = f"{other.option}={json.dumps(other.value)}"
         require(other.option in schema.model_fields, f"alternatives() changes {other.option!r}, which is no option")
-        require(not _refuses(schema, {other.option: other.value}), f"alternatives() has {value}, which is refused")
+        require(
+            not _refuses(schema, {**bench.options, other.option: other.value}),
+            f"alternatives() has {value}, which is refused",
+        )
         require(other.config != bench.config, f"alternatives() has {value}, which changes nothing")
         try:
             made = bench.prepare(**{other.option: other.value}).config
@@ -291,16 +300,25 @@ def check_alternatives(bench: Bench) -> None:
 
 def check_strict(bench: Bench) -> None:
     """Misspelt and ill-typed options are refused, and the defaults are what a user could have given."""
-    schema = bench.spec.options
+    schema, given = bench.spec.options, dict(bench.options)
+    known = {*schema.model_fields, *(option.alias for option in schema.model_fields.values() if option.alias)}
+    required = [name for name, option in schema.model_fields.items() if option.is_required() and name not in given]
+    if required:
+        return  # nothing is accepted without them, and nobody gave them
+    require(not _refuses(schema, given), f"{schema.__name__} refuses the options of this test, {shown(given)}")
     for name, option in schema.model_fields.items():
-        require(_refuses(schema, {f"{name}s": 1}), f"{schema.__name__} takes the misspelt option '{name}s'")
-        default = option.get_default(call_default_factory=True)
-        fits = option.is_required() or not _refuses(schema, {name: default})
+        typo = f"{name}s"
+        require(
+            typo in known or _refuses(schema, given | {typo: 1}),
+            f"{schema.__name__} takes the misspelt option {typo!r}",
+        )
+        default = None if option.is_required() else option.get_default(call_default_factory=True)
+        fits = option.is_required() or not _refuses(schema, given | {name: default})
         require(fits, f"the default of the option {name!r} is {shown(default)}, which the option does not take")
         kinds = json.dumps(schema.model_json_schema()["properties"].get(name, {}))
-        lax = '"string"' not in kinds and not (_refuses(schema, {name: "1"}) and _refuses(schema, {name: "true"}))
+        lax = '"string"' not in kinds and not all(_refuses(schema, given | {name: text}) for text in ("1", "true"))
         require(not lax, f"the option {name!r} takes text for {option.annotation}; keep the schema strict")
-    require(_refuses(schema, {"no_such_option": 1}), f"{schema.__name__} takes an option that there is not")
+    require(_refuses(schema, given | {"no_such_option": 1}), f"{schema.__name__} takes an option that there is not")
 
 
 def _refuses(schema: Any, given: Mapping[str, Any]) -> bool:
@@ -330,14 +348,10 @@ def check_forward(bench: Bench) -> None:
     report = check(bench.output, bench.spec, bench.base, conversion=bench.prepare())
     failed = [f"{each.name}: {each.detail}" for each in report.checks if not each.passed]
     require(not failed, "; ".join(failed))
-    size = bench.config.draft_vocab_size
-    for logits in _computed(_draft(bench), _batch(bench))[2:]:
-        found = logits.shape[-1]
-        require(found == size, f"the config says draft_vocab_size {size}, and the logits are for {found} tokens")
 
 
 def check_causal(bench: Bench) -> None:
-    """What is computed for a token depends on it and on those before it, never on later ones."""
+    """What is computed for a token depends on it and on those before it, never on later ones or other sequences."""
     import torch
 
     from speculators.parity import Batch, relative
@@ -360,6 +374,24 @@ def check_causal(bench: Bench) -> None:
         own = any(not torch.equal(old[:, here], new[:, here]) for old, new in zip(before, after, strict=True))
         any_at_all = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
         require(own or not any_at_all, f"what is computed at position {here} ignores its own {what}, later ones do not")
+    _require_alone(draft, batch, states, Batch(tokens, batch.positions))
+
+
+def _require_alone(draft: Draft, batch: Batch, states: Tensor, other: Batch) -> None:
+    """Compare what is computed for a sequence with what is computed beside another one, and for less of it."""
+    import torch
+
+    from speculators.parity import Batch, relative
+
+    alone, half = _computed(draft, batch, states), len(batch.positions) // 2
+    both = Batch(torch.cat((other.tokens, batch.tokens)), batch.positions)
+    beside = _computed(draft, both, torch.cat((states.roll(1, dims=-1), states)))
+    less = _computed(draft, Batch(batch.tokens[:, :half], batch.positions[:half]), states[:, :half])
+    for whole, second, begun in zip(alone, beside, less, strict=True):
+        off = relative(second[1:], whole)
+        require(off <= SEES, f"what is computed for a sequence depends on another one beside it (by {off:.2g})")
+        off = relative(begun, whole[:, :half])
+        require(off <= SEES, f"what is computed for a token depends on how many follow (by {off:.2g})")
 
 
 def _batch(bench: Bench) -> Batch:
@@ -369,15 +401,17 @@ def _batch(bench: Bench) -> Batch:
 
 
 def _computed(draft: Draft, batch: Batch, states: Tensor | None = None) -> list[Tensor]:
-    """Return what is fed back, what the LM head is applied to, and what it makes of that, if any file holds it."""
+    """Return what is fed back and what the LM head reads, of two steps where there are several, and its logits."""
     import torch
 
     if states is None:
         states = batch.states(draft.layers, draft.state_size)
     with torch.no_grad():
         hidden, head_input = draft.forward(batch.tokens, draft.combine(states), batch.positions)
-        logits = draft.logits(head_input)
-        return [hidden, head_input, *([] if logits is None else [logits])]
+        found = [hidden, head_input]
+        if draft.tokens is None:  # what a second step makes of what is fed back
+            found += draft.forward(batch.tokens, hidden, batch.positions)
+        return [*found, *(logits for each in found[1::2] if (logits := draft.logits(each)) is not None)]
 
 
 def check_reference(bench: Bench) -> None:
@@ -386,13 +420,18 @@ def check_reference(bench: Bench) -> None:
     The file holds ``draft_input_ids`` ``[B, T]`` int64, the tokens that follow those of the states,
     ``verifier_hidden_states`` ``[B, T, S]`` and ``draft_logits`` ``[B, T, DV]`` or ``[B, T, K, DV]``; and, if the
     original tells them, ``draft_hidden_states`` ``[B, T, H]`` and ``draft_token_ids``, the verifier's ids of the
-    likeliest tokens, shaped like the logits without their last dimension. With ``input_ids`` ``[B, T]`` or longer,
-    which the verifier read, the states are compared with its own, which shows which layers they come from.
+    likeliest tokens, shaped like the logits without their last dimension; and ``chain_token_ids`` ``[B, N]``, the
+    verifier's ids of the tokens that it proposes one after another behind the last one. With ``input_ids`` ``[B, T]``
+    or longer, which the verifier read, the states are compared with its own, which shows which layers they come from.
     """
     assert bench.reference is not None  # noqa: S101 - without one, the check does not apply
     from speculators.draft import of_source
 
     expected = _read_reference(bench.reference)
+    largest = int(expected["draft_input_ids"].max())
+    require(
+        largest < bench.base.vocab_size, f"draft_input_ids hold {largest}, the verifier knows {bench.base.vocab_size}"
+    )
     drafts = {"the output": _draft(bench), "the source": of_source(bench.prepare(), dtype="float32")}
     for what, draft in drafts.items():
         if wrong := _differs(draft, expected):
@@ -412,6 +451,12 @@ def _read_reference(path: Path) -> Mapping[str, Tensor]:
         raise NonconformanceError(f"{path} is no safetensors file of reference outputs: {described(error)}") from error
     lacking = [name for name in REFERENCE if name not in expected]
     require(not lacking, f"{path} lacks {', '.join(lacking)}")
+    unknown = sorted(expected.keys() - {*REFERENCE, *MORE_REFERENCE})
+    require(
+        not unknown, f"{path} holds {', '.join(unknown)}, which nothing reads; known are {', '.join(MORE_REFERENCE)}"
+    )
+    endless = [name for name, tensor in expected.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    require(not endless, f"{path} holds NaN or infinity in {', '.join(endless)}")
     batch, length = expected["verifier_hidden_states"].shape[:2]
     for name, (dimensions, fractions) in REFERENCE.items():
         found = expected[name]
@@ -466,13 +511,34 @@ def _differs(draft: Draft, expected: Mapping[str, Tensor]) -> str:
         return "there are no logits, as no file holds the LM head, other"
     found = {"draft_logits": logits, "draft_hidden_states": hidden}
     for name in sorted(found.keys() & expected.keys()):
+        if found[name].shape != expected[name].shape:
+            return f"{name} are {list(found[name].shape)} in place of {list(expected[name].shape)}, other"
         if not (off := relative(found[name], expected[name])) <= TOLERANCE:
             return f"{name} are other (by {off:.2g} of the largest value)"
     if "draft_token_ids" in expected:
         tokens = logits.argmax(-1).cpu().apply_(draft.target_id)
         if wrong := int((tokens != expected["draft_token_ids"]).sum()):
             return f"{wrong} of {tokens.numel()} draft_token_ids are other"
+    if "chain_token_ids" in expected:
+        chains = _chains(draft, expected)
+        if chains != expected["chain_token_ids"].tolist():
+            return f"the chains {chains} are proposed in place of {expected['chain_token_ids'].tolist()}, other"
     return ""
+
+
+def _chains(draft: Draft, expected: Mapping[str, Tensor]) -> list[list[int]]:
+    """Propose tokens one after another behind each sequence."""
+    import torch
+
+    from speculators.acceptance import Continuation, propose
+
+    given = expected["verifier_hidden_states"].float()
+    prefixes = []
+    for tokens, states in zip(expected["draft_input_ids"].tolist(), given, strict=True):
+        pieces = torch.chunk(states, len(draft.layers), dim=-1)
+        known = [0, *tokens]  # the first one has a state, and is read by nobody
+        prefixes.append((Continuation(known, len(known), dict(zip(draft.layers, pieces, strict=True))), len(known)))
+    return propose(draft, prefixes, expected["chain_token_ids"].shape[1])
 
 
 def _hint(bench: Bench, expected: Mapping[str, Tensor]) -> str:
@@ -502,6 +568,10 @@ def check_essential(bench: Bench) -> None:
             same = all(map(torch.equal, before, _computed(draft, batch, states)))
             parameter.copy_(kept)
             require(not same, f"{name} is loaded, but the forward computes the same whatever it holds")
+    if bench.spec.embedding in bench.output.tensors:
+        draft.embed = lambda tokens, width: torch.zeros(*tokens.shape, width)  # type: ignore[method-assign]
+        same = all(map(torch.equal, before, _computed(draft, batch, states)))
+        require(not same, f"{bench.spec.embedding} is written, but the forward does not read token embeddings")
 
 
 def check_damage(bench: Bench) -> None:
@@ -531,10 +601,13 @@ def _refused(bench: Bench, tensors: Tensors, message: str) -> None:
     source = bench.damaged(place / "draft", tensors)
     (place / "place").mkdir()
     try:
-        bench.convert(place / "place" / "out", source)
+        with full_disk(place / "place") as disk:
+            bench.convert(place / "place" / "out", source)
     except (CheckpointError, OptionError):
         left = [path.name for path in (place / "place").iterdir()]
         require(not left, f"a refused checkpoint leaves {', '.join(left)} behind")
+        begun = sorted({Path(path).name for path in disk.changed if Path(path).suffix in WRITTEN})
+        require(not begun, f"before a checkpoint is refused, {', '.join(begun)} is written")
         return
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -592,7 +665,7 @@ def check_whole(bench: Bench) -> None:
         left = sorted(path.name for path in here.iterdir())
         require(files(here / "out") == new and left == ["out"], f"after a full disk at change {number}, {left} is left")
         shutil.rmtree(here, ignore_errors=True)
-        if disk.changes < number:
+        if len(disk.changed) < number:
             return
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ class Disk:
 
     Attributes:
         folder: The folder; a relative path in an event counts as in it.
-        full_at: Which change is refused, from 1.
-        changes: How many were tried so far.
+        full_at: Which change is refused, from 1; none by default.
+        changed: Paths of those that were tried so far.
     """
 
     folder: Path
-    full_at: int
-    changes: int = 0
+    full_at: int | None = None
+    changed: list[str] = field(default_factory=list)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Count a change, and refuse it if it is the one.
@@ -48,8 +48,8 @@ class Disk:
         path = Path(os.fsdecode(arguments[0]))
         if path.is_absolute() and not path.is_relative_to(self.folder):
             return
-        self.changes += 1
-        if self.changes == self.full_at:
+        self.changed.append(str(path))
+        if len(self.changed) == self.full_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
@@ -66,8 +66,8 @@ def _listen() -> None:
 
 
 @contextmanager
-def full_disk(folder: Path, full_at: int) -> Iterator[Disk]:
-    """Refuse change number ``full_at`` of what is below ``folder``."""
+def full_disk(folder: Path, full_at: int | None = None) -> Iterator[Disk]:
+    """Refuse change number ``full_at`` of what is below ``folder``, if any, and keep which there are."""
     _listen()
     disk = Disk(folder, full_at)
     _disks.append(disk)

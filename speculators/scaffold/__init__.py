@@ -16,6 +16,9 @@ from speculators.spec import INTERFACE
 NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 """What the algorithm of a new plugin may be called: what is also a name of a package."""
 
+LONGEST_NAME = 30
+"""Characters of a name; lines of the package are to stay readable."""
+
 TEMPLATE = Path(__file__).with_name("template")
 """The package as it is before names are filled in."""
 
@@ -37,19 +40,28 @@ def write(name: str, folder: Path | None = None) -> Path:
         OptionError: The name is none, or is an installed algorithm's.
         OutputError: Something stands there already, or it cannot be written.
     """
-    if not NAME.fullmatch(name) or name == AUTO:
+    if name == AUTO:
         raise OptionError(
-            f"{name!r} is no name for an algorithm: it takes lower-case letters and digits, in parts joined by '-' or "
-            "'_', and begins with a letter"
+            f"{name!r} asks the plugins to look at a checkpoint, and is no algorithm; choose another name"
         )
-    if (taken := Registry().describe_owner(name)) is not None:
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise OptionError(
+            f"{name!r} is no name for an algorithm: it takes up to {LONGEST_NAME} lower-case letters and digits, in "
+            "parts joined by '-' or '_', and begins with a letter"
+        )
+    registry = Registry()
+    alike = [each for each in registry.names if each.replace("_", "-") == name.replace("_", "-")]
+    if (taken := registry.describe_owner(next(iter(alike), name))) is not None:
         raise OptionError(f"an algorithm {name!r} is installed already ({taken}); choose another name")
+    cls = "".join(part.capitalize() for part in re.split("[-_]", name))
+    if clash := {f"{cls}{kind}" for kind in ("Algorithm", "Config", "Draft", "Options")} & {*speculators.__all__}:
+        raise OptionError(f"{name!r} would have a class {min(clash)}, which speculators has, too; choose another name")
     values = {
         "name": name,
         "package": f"speculators-{name.replace('_', '-')}",
         "module": f"speculators_{name.replace('-', '_')}",
         "type": name.replace("-", "_"),
-        "cls": "".join(part.capitalize() for part in re.split("[-_]", name)),
+        "cls": cls,
         "version": ".".join(speculators.__version__.split(".")[:2]),
         "interface": str(INTERFACE),
     }
