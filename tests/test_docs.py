@@ -276,21 +276,28 @@ def test_a_strangers_plugin_has_a_page(install: Install) -> None:
     assert "It is taught how by `pip install toy-vllm`" in page
 
 
+HEADINGS = frozenset(
+    re.findall(r"^#+ `([\w.]+)", (ROOT / "docs" / "plugins" / "reference.md").read_text(), re.MULTILINE)
+)
+MODULES = ("decoder", "modeling", "testing")
+
+
 def foreign(tree: ast.AST) -> Iterator[str]:
-    """Name what a plugin's code takes from `speculators` that is not the interface."""
-    modules = [f"speculators.{name}" for name in ("decoder", "modeling", "testing")]
-    known = {"speculators", *modules, *(f"speculators.{name}" for name in speculators.__all__)}
+    """Name what a plugin's code takes from `speculators` that the reference does not list."""
+    listed = {f"speculators.{name.removeprefix('speculators.')}" for name in HEADINGS} | {"speculators"}
     for node in ast.walk(tree):
         taken = []
         if isinstance(node, ast.Import):
             taken = [each.name for each in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "speculators":
-            taken = [f"speculators.{each.name}" for each in node.names]
         elif isinstance(node, ast.ImportFrom):
-            taken = [str(node.module)]
+            taken = [f"{node.module}.{each.name}" for each in node.names]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            taken = [f"{node.value.id}.{node.attr}"]
-        yield from (name for name in taken if name.split(".")[0] == "speculators" and name not in known)
+            within = node.value.id
+            taken = [f"speculators.{within}.{node.attr}" if within in MODULES else f"{within}.{node.attr}"]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            taken = [node.value.partition(":")[0]] if re.fullmatch(r"speculators\.[\w.:]+", node.value) else []
+            taken += [node.value.replace(":", ".")] if taken and ":" in node.value else []
+        yield from (name for name in taken if name.split(".")[0] == "speculators" and name not in listed)
 
 
 def test_plugins_import_nothing_but_the_interface() -> None:
@@ -305,7 +312,10 @@ def test_plugins_import_nothing_but_the_interface() -> None:
 @pytest.mark.parametrize(
     ("code", "found"),
     [
-        ("from speculators.config import DecoderLayerConfig", ["speculators.config"]),
+        ("from speculators.config import DecoderLayerConfig", ["speculators.config.DecoderLayerConfig"]),
+        ("from speculators.decoder import _NativeConfig", ["speculators.decoder._NativeConfig"]),
+        ("from speculators import decoder\ndecoder._Sizes", ["speculators.decoder._Sizes"]),
+        ("import importlib\nimportlib.import_module('speculators.guard')", ["speculators.guard"]),
         ("from speculators import Table, plan", ["speculators.plan"]),
         ("import speculators.guard", ["speculators.guard"]),
         ("import speculators\nspeculators.spec.INTERFACE", ["speculators.spec"]),
@@ -314,6 +324,23 @@ def test_plugins_import_nothing_but_the_interface() -> None:
 )
 def test_an_import_from_the_core_itself_is_found(code: str, found: list[str]) -> None:
     assert list(foreign(ast.parse(code))) == found
+
+
+def code_lines(source: str) -> int:
+    """Count lines that are neither blank, nor a comment, nor a docstring's."""
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            said |= {*range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    lines = enumerate(map(str.strip, source.splitlines()), 1)
+    return sum(bool(line) and not line.startswith("#") and number not in said for number, line in lines)
+
+
+def test_a_plugin_of_about_150_lines_covers_a_real_algorithm() -> None:
+    files = [*(ROOT / "examples" / "speculators-medusa" / "speculators_medusa").glob("*.py")]
+
+    assert len(files) == 3
+    assert 100 < sum(code_lines(file.read_text()) for file in files) <= 155
 
 
 def test_links_between_pages_lead_somewhere() -> None:

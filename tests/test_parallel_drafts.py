@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import VERIFIER
+from safetensors.torch import save_file
 
-from speculators import Registry, ValidationError, convert_model, validate_model
+from speculators import Registry, ValidationError, Verifier, convert_model, validate_model
 from speculators.checkpoint import Checkpoint
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "speculators-medusa"
@@ -65,8 +67,93 @@ def test_a_config_that_proposes_more_tokens_than_one_pass_makes_is_refused(regis
         report.raise_on_failure()
 
 
+@pytest.mark.parametrize("size", [128, 512])
+def test_a_draft_for_another_vocabulary_is_refused_without_layers_too(
+    size: int, registry: Registry, tmp_path: Path
+) -> None:
+    convert_model(HEADS, verifier=VERIFIER, output_path=tmp_path / "out", registry=registry)
+    (tmp_path / "base").mkdir()
+    config = json.loads((VERIFIER / "config.json").read_text()) | {"vocab_size": size}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+
+    report = validate_model(tmp_path / "out", verifier=tmp_path / "base", registry=registry)
+
+    with pytest.raises(
+        ValidationError, match=f"draft_vocab_size is 256, the verifier knows {size} tokens, and nothing"
+    ):
+        report.raise_on_failure()
+
+
 @pytest.mark.parametrize(
-    "file", ["optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state.pth"]
+    ("old", "new", "says"),
+    [
+        pytest.param(
+            "self.draft_tokens = config.num_heads", "self.draft_tokens = 2", "proposes 3 tokens per step", id="too few"
+        ),
+        pytest.param(
+            "self.draft_tokens = config.num_heads",
+            "self.draft_tokens = 4",
+            r"gives the LM head \[1, 16, 3, 128\], expected \[1, 16, 4, 'H'\], as one pass proposes 4 tokens",
+            id="too many",
+        ),
+        pytest.param(
+            "        self.draft_tokens = config.num_heads\n",
+            "",
+            r"gives the LM head \[1, 16, 3, 128\], expected \[1, 16, 'H'\]",
+            id="unsaid",
+        ),
+        pytest.param("dim=-2)\n", "dim=-2)[..., :200]\n", "the logits are for 200 tokens", id="logits"),
+    ],
+)
+def test_a_model_that_does_not_keep_to_the_shapes_that_it_promises_fails(
+    old: str, new: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("__init__", "draft", "original"):
+        source = (
+            (EXAMPLE / "speculators_medusa" / f"{module}.py").read_text().replace("speculators_medusa", "odd_medusa")
+        )
+        if module == "draft":
+            assert old in source
+            source = new.join(source.rsplit(old, 1))
+        (tmp_path / "odd_medusa").mkdir(exist_ok=True)
+        (tmp_path / "odd_medusa" / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in [name for name in sys.modules if name.startswith("odd_medusa")]:
+        monkeypatch.delitem(sys.modules, module)
+    plugins = Registry(EntryPoints([EntryPoint("medusa", "odd_medusa", "speculators")]))
+
+    with pytest.raises(ValidationError, match=says):
+        convert_model(HEADS, verifier=VERIFIER, output_path=tmp_path / "out", registry=plugins)
+
+
+def test_weights_are_looked_for_as_before_where_there_are_any_of_the_usual_kinds(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(HEADS, tmp_path / "head"))
+    save_file({"fc.weight": torch.ones(1)}, folder / "head.safetensors")
+    shutil.copy(folder / "medusa_lm_head.pt", folder / "model.pt")
+
+    assert list(Checkpoint(folder).tensors) == ["fc.weight"]
+
+
+@pytest.mark.parametrize(
+    "files", [["consolidated.00.pth"], ["consolidated.00.pth", "consolidated.01.pth"], ["notes.pt"]]
+)
+def test_a_verifier_s_original_release_is_no_weights_of_it(files: list[str], tmp_path: Path) -> None:
+    shutil.copy(VERIFIER / "config.json", tmp_path)
+    for file in files:
+        torch.save({"output.weight": torch.ones(2, 2)}, tmp_path / file)
+
+    assert Verifier(tmp_path).weights is None
+
+
+def test_a_name_like_a_trainer_s_is_still_the_draft_s_in_safetensors(tmp_path: Path) -> None:
+    shutil.copy(HEADS / "config.json", tmp_path)
+    save_file({"fc.weight": torch.ones(1)}, tmp_path / "optimizer-tuned.safetensors")
+
+    assert list(Checkpoint(tmp_path).tensors) == ["fc.weight"]
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state_1.pth", "sampler.bin"]
 )
 def test_what_a_trainer_resumes_from_is_not_taken_for_the_draft(file: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(HEADS, tmp_path / "head"))

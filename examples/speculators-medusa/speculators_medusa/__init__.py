@@ -1,8 +1,9 @@
 """Convert Medusa heads, as FasterDecoding/Medusa trains them and saves them in ``medusa_lm_head.pt``.
 
 Head ``k`` reads the verifier's last hidden state and proposes the token ``k + 2`` places on: residual
-blocks, then an LM head of its own. Source: ``medusa/model/medusa_model.py`` of FasterDecoding/Medusa,
-paper https://arxiv.org/abs/2401.10774. The output has the names of vLLM's ``model_executor/models/medusa.py``.
+blocks, then an LM head of its own. Source: ``medusa/model/medusa_model_legacy.py`` of FasterDecoding/Medusa at
+700ff84 (later ones have no LM heads), paper https://arxiv.org/abs/2401.10774. The output has the names of vLLM's
+``model_executor/models/medusa.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TABLE = Table(
 
 
 class MedusaConfig(SpeculatorConfig):
-    """The output type ``medusa``; the sizes are called as in vLLM's ``MedusaConfig``."""
+    """The output type ``medusa``; heads and blocks are counted under the names of vLLM's ``MedusaConfig``."""
 
     speculators_model_type: Literal["medusa"] = "medusa"
     architectures: list[str] = Field(default=["MedusaSpeculator"])
@@ -60,6 +61,7 @@ class Medusa(ConverterSpec[MedusaConfig]):
     quirks = (
         "Published configs say 2 heads where the file has 5; heads and residual blocks are counted in the tensors.",
         "The config tells no sizes: they are the verifier's, which the tensors must have.",
+        "With several residual blocks (up to 4 are read), the training code repeats one: they are equal copies.",
         "Heads without LM heads of their own (`version` 2 of the training code) are refused.",
     )
     table = TABLE

@@ -1,6 +1,7 @@
 """Medusa heads as their training code runs them, under the names that it saves.
 
-Source: ``ResBlock`` and ``MedusaModel.forward`` in ``medusa/model/medusa_model.py`` of FasterDecoding/Medusa.
+Source: ``ResBlock`` and ``MedusaModel.forward`` in ``medusa/model/medusa_model_legacy.py`` of FasterDecoding/Medusa at
+700ff84.
 """
 
 from __future__ import annotations
