@@ -255,8 +255,9 @@ def of_output(
     inside = {name: partial(converted.tensor, name) for name in converted.tensors if name not in outside}
     if left := sorted(inside.keys() - {name for name, _ in model.named_parameters()}):
         raise ValidationError(f"the output does not fill the draft model: nothing reads {', '.join(left)}")
-    if hasattr(model, "logits") and spec.head in converted.tensors:
-        raise ValidationError(f"the draft model has LM heads of its own, so nothing reads {spec.head}")
+    for own, name in (("embed", spec.embedding), ("logits", spec.head)):
+        if hasattr(model, own) and name in converted.tensors:
+            raise ValidationError(f"the draft model has {own} of its own, so nothing reads {name}")
     _fill(model, inside, place, precision, "the output")
     _require_tokens(config, model)
     return Draft(

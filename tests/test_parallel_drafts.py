@@ -1,4 +1,4 @@
-"""Drafts that propose all their tokens in one pass, with LM heads of their own: the example of Medusa heads."""
+"""Drafts that are unlike EAGLE: all tokens in one pass, LM heads and embeddings of their own, few steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VERIFIER
+from checkpoints import VERIFIER, write_checkpoint
+from installing import TOY, Install
 from safetensors.torch import save_file
 
 from speculators import Registry, ValidationError, Verifier, convert_model, validate_model
 from speculators.checkpoint import Checkpoint
+from speculators.draft import of_output
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "speculators-medusa"
 HEADS = EXAMPLE / "tests" / "data" / "medusa"
@@ -169,3 +171,40 @@ def test_two_files_of_weights_are_alternatives_to_choose_from(tmp_path: Path) ->
     with pytest.raises(Exception, match=r"alternative weight files \(medusa_lm_head\.pt, older\.pt\); name the one"):
         _ = Checkpoint(folder).tensors
     assert Checkpoint(folder / "older.pt").tensors == Checkpoint(HEADS).tensors
+
+
+STATE = "                self.state_size = config.target_hidden_size\n"
+ROW = 'Rename("toy.weight", "linear.weight", "H, 2*H"),'
+
+
+def test_a_draft_says_how_many_steps_it_was_trained_for(install: Install, tmp_path: Path) -> None:
+    limited = TOY.replace(STATE, f"{STATE}                self.most_tokens = 2\n")
+    head = write_checkpoint(tmp_path / "head", {}, {"toy.weight": torch.full((128, 256), 0.01)})
+    plugins = install("toy", limited)
+
+    with pytest.raises(ValidationError, match="proposes 3 tokens per step, the draft makes no more than 2"):
+        convert_model(head, verifier=VERIFIER, output_path=tmp_path / "out", registry=plugins)
+    convert_model(head, verifier=VERIFIER, output_path=tmp_path / "out", registry=plugins, speculative_tokens=2)
+
+
+def test_embeddings_may_be_parameters_of_the_draft(install: Install, tmp_path: Path) -> None:
+    own = TOY.replace(ROW, f'{ROW} speculators.Keep("own.weight", "V, H"),')
+    own = own.replace('set(source.tensors) == {"toy.weight"}', "True").replace(
+        '"H": context.verifier.hidden_size', '"H": context.verifier.hidden_size, "V": context.verifier.vocab_size'
+    )
+    own = own.replace('"H": config.target_hidden_size', '"H": config.target_hidden_size, "V": config.draft_vocab_size')
+    embedding = "torch.nn.Embedding(config.draft_vocab_size, self.state_size)"
+    own = own.replace(STATE, f"{STATE}                self.own = {embedding}\n                self.embed = self.own\n")
+    tensors = {"toy.weight": torch.randn(128, 256) / 16, "own.weight": torch.randn(256, 128)}
+    head = write_checkpoint(tmp_path / "head", {}, tensors)
+    plugins = install("toy", own)
+
+    convert_model(head, verifier=VERIFIER, output_path=tmp_path / "out", registry=plugins)
+
+    converted = Checkpoint(tmp_path / "out")
+    spec, verifier = plugins.get("toy").spec, Verifier(VERIFIER)
+    draft = of_output(converted, spec.config.read(converted.config), spec, verifier, dtype="float32")
+    tokens, states = torch.tensor([[3, 7]]), torch.randn(1, 2, 128)
+    hidden, _ = draft.run(tokens, states)
+    expected = torch.cat((tensors["own.weight"][tokens], states), dim=-1) @ tensors["toy.weight"].T
+    assert torch.allclose(hidden, expected, atol=1e-5)
