@@ -389,9 +389,9 @@ def _require_alone(draft: Draft, batch: Batch, states: Tensor, other: Batch) -> 
     less = _computed(draft, Batch(batch.tokens[:, :half], batch.positions[:half]), states[:, :half])
     for whole, second, begun in zip(alone, beside, less, strict=True):
         off = relative(second[1:], whole)
-        require(off <= SEES, f"what is computed for a sequence depends on another one beside it (by {off:.2g})")
+        require(off <= TOLERANCE, f"what is computed for a sequence depends on another one beside it (by {off:.2g})")
         off = relative(begun, whole[:, :half])
-        require(off <= SEES, f"what is computed for a token depends on how many follow (by {off:.2g})")
+        require(off <= TOLERANCE, f"what is computed for a token depends on how many follow (by {off:.2g})")
 
 
 def _batch(bench: Bench) -> Batch:
