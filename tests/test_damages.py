@@ -47,7 +47,7 @@ FOUND = {
         "token_ids_not_shifted": f"embed_layernorm (embedding_layernorm in the output) {FED}",
     },
     "eagle3": {
-        "d2t_ignored": "64 draft tokens stand for other tokens of the verifier than in the source",
+        "d2t_ignored": "structure: draft_vocab_size is 64, the verifier knows 256 tokens",
         "d2t_read_as_absolute_ids": "draft tokens stand for other tokens of the verifier than in the source",
         "final_norm_ignored": "computes (allowed 2e-03); all modules agree, so it arises after norm",
         "hidden_norm_and_input_layernorm_swapped": "midlayer.hidden_norm (layers.0.input_layernorm in the output) "
@@ -81,7 +81,7 @@ def test_a_converter_with_one_mistake_is_caught(name: str, damage: str, tmp_path
             DATA / name, verifier=VERIFIER, output_path=tmp_path / "out", registry=registry(spec), algorithm=spec.name
         )
 
-    assert "parity: " in str(caught.value)
+    assert ("" if damage == "d2t_ignored" else "parity: ") in str(caught.value)
     assert FOUND[name][damage] in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -606,9 +606,15 @@ def command(tmp_path: Path, out: str = "out") -> tuple[object, ...]:
 
 
 def wait_for_half(tmp_path: Path) -> None:
-    """Wait until a program has stored some of the head."""
+    """Wait until a program has stored some of the head, and waits for more."""
     blobs = tmp_path / "cache" / "models--org--eagle3-head" / "blobs"
-    wait_for(lambda: any(path.stat().st_size > 100_000 for path in blobs.glob("*.partial")))
+    seen: list[int] = []
+
+    def waits() -> bool:
+        seen.append(sum(path.stat().st_size for path in blobs.glob("*.partial")))
+        return seen[-1] > 100_000 and len(set(seen[-5:])) == 1
+
+    wait_for(waits)
 
 
 def test_a_killed_program_is_continued(hub: Server, convert: Convert, start: Start, tmp_path: Path) -> None:
