@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -369,6 +370,9 @@ def start(server: Server, tmp_path: Path) -> Iterator[Start]:
     def begin(*arguments: object, **variables: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "speculators", *map(str, arguments)]
         environment = {**os.environ, **variables}
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # ignored where tests run in the background, as of a shell
         running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
         return running[-1]
 
