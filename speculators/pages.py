@@ -210,7 +210,7 @@ def _symbols(table: Table) -> dict[str, None]:
     """Return the symbols of shapes and of numbered places, in the order of the rows."""
     found: dict[str, None] = {}
     for row in table.rows:
-        named = [bound for bounds in _PLACE.findall(row.source) for bound in bounds]
+        named = list(row.stops)
         named += symbols(shape) if (shape := _shape_of(row)) else []
         found |= dict.fromkeys(name for name in named if not name.isdigit())
     return found

@@ -131,8 +131,7 @@ class Registry:
         """Return package and version of what brings an algorithm of this name or alias; ``None`` when nothing does."""
         if name in self._claims:
             return " and ".join(claim.origin for claim in self._claims[name])
-        known = [each for each in self.algorithms if name in each.spec.aliases]
-        return " and ".join(f"{each.spec.name}, {each.origin}" for each in known) or None
+        return " and ".join(f"{each.spec.name}, {each.origin}" for each in self._known_as(name)) or None
 
     @property
     def contested(self) -> dict[str, list[Algorithm]]:
@@ -181,7 +180,7 @@ class Registry:
             return loaded
         if name in self.contested:
             raise PluginError(describe_contested(name, self.contested[name]))
-        known = [algorithm for algorithm in self.algorithms if name in algorithm.spec.aliases]
+        known = self._known_as(name)
         if not known:
             broken = f"; broken: {'; '.join(map(str, self.broken))}" if self.broken else ""
             raise AlgorithmError(f"no algorithm {name!r} is installed; {self.describe_installed()}{broken}")
@@ -236,6 +235,9 @@ class Registry:
         """Say what the environment asks for in vain; empty when there is nothing."""
         missing = ", ".join(map(repr, self.not_installed))
         return f"{VARIABLE} names {missing}, which no installed plugin is called" if missing else ""
+
+    def _known_as(self, alias: str) -> list[Algorithm]:
+        return [algorithm for algorithm in self.algorithms if alias in algorithm.spec.aliases]
 
     def _load(self, name: str) -> Algorithm | BrokenPlugin:
         if name not in self._loaded:

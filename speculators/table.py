@@ -155,7 +155,7 @@ class Rename(Row):
     @property
     def bounds(self) -> tuple[str, ...]:
         """The symbols that bound the row's numbered places."""
-        return tuple(bound for bounds in _ranges(self.source) for bound in bounds if not bound.isdigit())
+        return tuple(stop for stop in self.stops if not stop.isdigit())
 
     def numbered(self, numbers: tuple[int, ...]) -> str:
         """Return the target name with its places filled by ``numbers``."""

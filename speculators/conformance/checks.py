@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from speculators.config import SpeculatorConfig
+    from speculators.convert import Conversion
     from speculators.draft import Draft
     from speculators.parity import Batch
 
@@ -262,8 +263,6 @@ def _changed(before: str | bytes, after: str | bytes) -> str:
 
 def check_asked(bench: Bench) -> None:
     """What is asked for with ``dtype`` and ``speculative_tokens`` is what is written, and runs."""
-    from speculators.validation import check
-
     methods = bench.prepare(speculative_tokens=1).config.speculators_config.proposal_methods
     said = sorted({method.speculative_tokens for method in methods})
     require(said == [1], f"with the option speculative_tokens=1 the config proposes {said}; use common_fields()")
@@ -271,9 +270,7 @@ def check_asked(bench: Bench) -> None:
     cast = Checkpoint(bench.convert(bench.place("cast") / "out", dtype=dtype).output_path)
     found = cast.config.get("dtype")
     require(found == dtype, f"with dtype={dtype!r} the config says dtype {found!r}; use common_fields()")
-    report = check(cast, bench.spec, bench.base, conversion=bench.prepare(dtype))
-    failed = [f"with dtype={dtype!r}, {each.name}: {each.detail}" for each in report.checks if not each.passed]
-    require(not failed, "; ".join(failed))
+    _require_sound(bench, cast, bench.prepare(dtype), f"with dtype={dtype!r}, ")
 
 
 def check_alternatives(bench: Bench) -> None:
@@ -335,8 +332,6 @@ def check_forward(bench: Bench) -> None:
     """The converted draft runs, and computes what its source computes in the plugin's own words (`original`)."""
     import torch
 
-    from speculators.validation import check
-
     with torch.device("meta"):
         made = bench.spec.build(bench.config)
     unreal = [name for name, buffer in made.named_buffers() if buffer.is_meta]
@@ -345,8 +340,15 @@ def check_forward(bench: Bench) -> None:
         f"build() makes the buffers {', '.join(unreal)}, which hold nothing, as it is called under "
         "torch.device('meta'); compute them in forward(), or under torch.device('cpu')",
     )
-    report = check(bench.output, bench.spec, bench.base, conversion=bench.prepare())
-    failed = [f"{each.name}: {each.detail}" for each in report.checks if not each.passed]
+    _require_sound(bench, bench.output, bench.prepare())
+
+
+def _require_sound(bench: Bench, output: Checkpoint, conversion: Conversion, when: str = "") -> None:
+    """Validate an output, as every conversion does."""
+    from speculators.validation import check
+
+    report = check(output, bench.spec, bench.base, conversion=conversion)
+    failed = [f"{when}{each.name}: {each.detail}" for each in report.checks if not each.passed]
     require(not failed, "; ".join(failed))
 
 
@@ -374,16 +376,16 @@ def check_causal(bench: Bench) -> None:
         own = any(not torch.equal(old[:, here], new[:, here]) for old, new in zip(before, after, strict=True))
         any_at_all = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
         require(own or not any_at_all, f"what is computed at position {here} ignores its own {what}, later ones do not")
-    _require_alone(draft, batch, states, Batch(tokens, batch.positions))
+    _require_alone(draft, batch, states, before, Batch(tokens, batch.positions))
 
 
-def _require_alone(draft: Draft, batch: Batch, states: Tensor, other: Batch) -> None:
-    """Compare what is computed for a sequence with what is computed beside another one, and for less of it."""
+def _require_alone(draft: Draft, batch: Batch, states: Tensor, alone: list[Tensor], other: Batch) -> None:
+    """Compare what is computed for a sequence alone with the same beside another one, and with less of it."""
     import torch
 
     from speculators.parity import Batch, relative
 
-    alone, half = _computed(draft, batch, states), len(batch.positions) // 2
+    half = len(batch.positions) // 2
     both = Batch(torch.cat((other.tokens, batch.tokens)), batch.positions)
     beside = _computed(draft, both, torch.cat((states.roll(1, dims=-1), states)))
     less = _computed(draft, Batch(batch.tokens[:, :half], batch.positions[:half]), states[:, :half])
@@ -400,12 +402,10 @@ def _batch(bench: Bench) -> Batch:
     return parity.batches(bench.base.vocab_size, bench.config.positions or bench.base.max_positions or 0)[0]
 
 
-def _computed(draft: Draft, batch: Batch, states: Tensor | None = None) -> list[Tensor]:
+def _computed(draft: Draft, batch: Batch, states: Tensor) -> list[Tensor]:
     """Return what is fed back and what the LM head reads, of two steps where there are several, and its logits."""
     import torch
 
-    if states is None:
-        states = batch.states(draft.layers, draft.state_size)
     with torch.no_grad():
         hidden, head_input = draft.forward(batch.tokens, draft.combine(states), batch.positions)
         found = [hidden, head_input]
