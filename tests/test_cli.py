@@ -269,8 +269,8 @@ def test_list_algorithms_shows_what_each_plugin_brings() -> None:
     assert result.exit_code == 0
     assert "eagle (also eagle1, eagle2): EAGLE v1 and v2 draft heads (SafeAILab/EAGLE)" in result.output
     assert "    from speculators-eagle3 1.0.0" in result.output
-    assert "        norm_before_residual (boolean, default null)" in result.output
-    assert "        speculative_tokens (integer from 1 to 1000, default null)" in result.output
+    assert "    norm_before_residual  boolean  default null  Whether" in result.output
+    assert "    speculative_tokens  integer from 1 to 1000  default null  Draft" in result.output
 
 
 def test_list_algorithms_as_json() -> None:

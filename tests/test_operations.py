@@ -10,7 +10,8 @@ from checkpoints import VERIFIER, read_tensors, write_checkpoint
 from installing import TOY, Install
 
 from speculators import Checkpoint, MismatchError, PluginError, ValidationError, convert_model
-from speculators.cli import _describe as describe
+from speculators.cli.convert import blocks
+from speculators.cli.screen import plain
 from speculators.operations import Cut
 from speculators.weights import read
 
@@ -140,7 +141,7 @@ def test_the_user_is_told_what_became_of_every_tensor(
     assert result.reworked == reworked
     assert result.completed == completed
     assert result.renamed.keys() | result.reworked.keys() | result.dropped.keys() == tensors.keys()
-    assert printed in describe(result)
+    assert printed in "\n".join(line for block in blocks(result) for line in plain(block))
 
 
 def test_parity_finds_an_error_behind_a_module_that_training_code_fuses(install: Install, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_without_any_plugin_both_lists_say_why(monkeypatch: pytest.MonkeyPatch) 
 
     assert result.output == "SPECULATORS_PLUGINS leaves out eagle, eagle3, hass\n"
     facts = json.loads(CliRunner().invoke(cli, ["convert", "--list-algorithms", "--json"]).output)
-    assert facts == {"algorithms": [], "broken": [], "install": []}
+    assert facts == {"schema": "speculators.algorithms/1", "algorithms": [], "broken": [], "install": []}
 
 
 NAMELESS = "Metadata-Version: 2.1\n"

@@ -1,0 +1,36 @@
+"""The command line: parse, call one library function, print its result."""
+
+from __future__ import annotations
+
+import logging
+from copy import copy
+
+import click
+
+import speculators
+from speculators.cli.convert import convert
+from speculators.cli.plugins import plugins
+from speculators.cli.running import Group
+from speculators.cli.validate import validate
+
+VARIABLES = "SPECULATORS"
+"""What the names of environment variables for options begin with, as in ``SPECULATORS_CONVERT_OUTPUT_PATH``."""
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": VARIABLES},
+    epilog="Every option can be set by a variable, as --output-path of convert by SPECULATORS_CONVERT_OUTPUT_PATH.",
+)
+@click.version_option(speculators.__version__, prog_name="speculators")
+def cli() -> None:
+    """Turn draft models of speculative decoding into one format that inference engines serve."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+for command in (convert, validate, plugins):
+    cli.add_command(command)
+
+_single = copy(plugins)
+_single.hidden = True
+cli.add_command(_single, "plugin")  # as one says with the name of one plugin behind it

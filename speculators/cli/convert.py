@@ -1,0 +1,207 @@
+"""``speculators convert``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from speculators.cli import screen as screens
+from speculators.cli.options import AlgorithmName, algorithm_kwargs, examples, reaching, refuse_clashes
+from speculators.cli.screen import Block, Line, Screen, Table
+from speculators.cli.validate import report_blocks
+from speculators.registry import AUTO
+
+if TYPE_CHECKING:
+    from speculators.convert import ConversionResult
+    from speculators.registry import Algorithm
+    from speculators.serving import Instructions
+
+ARGUMENTS = frozenset(
+    {
+        "model",
+        "verifier",
+        "algorithm",
+        "output_path",
+        "validate_device",
+        "validate",
+        "validate_level",
+        "dtype",
+        "max_shard_size",
+        "overwrite",
+        "self_contained",
+        "token",
+        "cache_dir",
+        "offline",
+        "progress",
+        "registry",
+    }
+)
+"""Names of `convert_model`'s own arguments."""
+
+
+@click.command(
+    epilog=examples(
+        """
+        speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
+        speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
+        speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
+        speculators convert --list-algorithms
+        """
+    )
+)
+@click.argument("model", required=False)
+@click.option(
+    "--algorithm",
+    type=AlgorithmName(AUTO),
+    default=AUTO,
+    show_default=True,
+    help="What trained MODEL; auto lets the plugins look.",
+)
+@click.option("--verifier", help="Base model that MODEL drafts for; completes and validates it. Required.")
+@click.option("--output-path", default="converted", show_default=True, help="Folder of the converted model.")
+@click.option("--validate-device", default="cpu", show_default=True, help="Torch device of the validation.")
+@click.option(
+    "--validate/--no-validate",
+    "-validate/-no-validate",
+    default=True,
+    show_default=True,
+    help="Check the result before it appears.",
+)
+@click.option(
+    "--validate-level", default="forward", show_default=True, help="How far: structure, forward or acceptance."
+)
+@algorithm_kwargs("Options of the algorithm as a JSON object; --list-algorithms shows them.")
+@click.option("--dtype", help="Cast floating tensors, e.g. to float16; as stored by default.")
+@click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
+@click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
+@click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
+@reaching
+@click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
+@screens.manners
+def convert(
+    screen: Screen,
+    model: str | None,
+    verifier: str | None,
+    algorithm_kwargs: dict[str, Any],
+    list_algorithms: bool,
+    **arguments: Any,
+) -> None:
+    """Convert the draft checkpoint MODEL into the speculators format.
+
+    MODEL and VERIFIER are local paths, Hugging Face IDs (org/name@revision:folder) or URLs.
+    """
+    if list_algorithms:
+        _list_algorithms(screen)
+        return
+    if model is None:
+        raise click.UsageError("MODEL is missing; it is the draft checkpoint")
+    if verifier is None:
+        raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
+    refuse_clashes(algorithm_kwargs, ARGUMENTS)
+    from speculators.convert import convert_model
+
+    with screen.progress() as progress:
+        result = convert_model(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
+    screen.show("conversion/1", as_json(result), blocks(result))
+
+
+def as_json(result: ConversionResult) -> dict[str, Any]:
+    """Return the document of a result."""
+    report = result.validation.to_dict() if result.validation else None
+    return {**asdict(result), "output_path": str(result.output_path), "validation": report}
+
+
+def blocks(result: ConversionResult) -> Iterator[Block]:
+    """Say what was done with each tensor, how the result was checked, and how it is served."""
+    yield Line(f"Converted {result.source} with {result.algorithm} ({result.package})")
+    changed = {source: target for source, target in result.renamed.items() if source != target}
+    yield _pairs("renamed", ("from", "to"), changed, " -> ")
+    yield _pairs("kept", ("name", ""), {source: "" for source, target in result.renamed.items() if source == target})
+    yield _pairs(
+        "cut or joined", ("from", "to"), {name: ", ".join(made) for name, made in result.reworked.items()}, " -> "
+    )
+    yield _pairs("left out", ("name", "why"), result.dropped)
+    yield _pairs("completed", ("name", "with"), result.completed)
+    yield from (Line(f"note: {note}") for note in result.notes)
+    if result.validation is None:
+        yield Line("not validated")
+    else:
+        yield from report_blocks(result.validation)
+    yield Line(f"Wrote {result.output_path}")
+    if result.serving is not None:
+        yield from serving_blocks(result.serving)
+
+
+def serving_blocks(serving: Instructions) -> Iterator[Block]:
+    """Say what to type where vLLM is installed."""
+    yield Line()
+    yield Line("Serve it where vLLM is installed:")
+    if serving.packages:
+        yield Line(f"{screens.INDENT}{shlex.join(['pip', 'install', *serving.packages])}")
+    yield Line(f"{screens.INDENT}{serving.command}")
+    if serving.note:
+        yield Line(serving.note)
+
+
+def _pairs(title: str, columns: tuple[str, str], entries: Mapping[str, str], joint: str = ": ") -> Table:
+    return Table(title, columns, sorted(entries.items()), joint)
+
+
+def _list_algorithms(screen: Screen) -> None:
+    from speculators.registry import Registry, known_packages
+
+    registry = Registry()
+    algorithms = [_algorithm_facts(algorithm) for algorithm in registry.algorithms]
+    facts = {
+        "algorithms": algorithms,
+        "broken": [vars(plugin) for plugin in registry.broken],
+        "install": [] if registry.names or registry.left_out else known_packages(),
+    }
+    listing: list[Block] = []
+    if not registry.names:
+        message = registry.describe_installed()
+        listing = [Line(message[0].upper() + message[1:])]
+    for number, each in enumerate(algorithms):
+        listing += [Line()] if number else []
+        listing += _algorithm_blocks(each)
+    listing += [Line(), *(Line(f"broken: {plugin}") for plugin in registry.broken)] if registry.broken else []
+    screen.show("algorithms/1", facts, listing)
+
+
+def _algorithm_facts(algorithm: Algorithm) -> dict[str, Any]:
+    from speculators.pages import options
+
+    spec = algorithm.spec
+    return {
+        "name": spec.name,
+        "aliases": list(spec.aliases),
+        "summary": spec.summary,
+        "reference": spec.reference,
+        "package": algorithm.package,
+        "version": algorithm.version,
+        "options": [asdict(option) for option in options(spec)],
+    }
+
+
+def _algorithm_blocks(facts: Mapping[str, Any]) -> list[Block]:
+    known_as = f" (also {', '.join(facts['aliases'])})" if facts["aliases"] else ""
+    rows = [
+        (
+            option["name"],
+            option["type"],
+            "required" if option["required"] else f"default {json.dumps(option['default'])}",
+            option["description"],
+        )
+        for option in facts["options"]
+    ]
+    return [
+        Line(f"{facts['name']}{known_as}: {facts['summary']}", style="bold"),
+        Line(f"{screens.INDENT}{facts['reference']}"),
+        Line(f"{screens.INDENT}from {facts['package']} {facts['version']}"),
+        Table("options", ("option", "type", "default", "what it is for"), rows),
+    ]

@@ -1,0 +1,96 @@
+"""How a command ends: every error has one message and one exit code, and a signal tidies up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+import speculators
+from speculators.errors import ENVIRONMENT, SpeculatorsError, is_out_of_memory, printable
+
+BUG, BY_SIGNAL = 1, 128
+"""The exit codes of an error that nobody expected, and, with a signal's number added, of a run that it ended."""
+
+
+class _Ended(KeyboardInterrupt):
+    """Somebody asked the program to end; raised where it is, so that what it holds is tidied up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended(number)
+
+
+@contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, unless they are ignored already (as under nohup)."""
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handled = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
+    for number in handled:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Group(click.Group):
+    """Turns every expected error into one message and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        with warnings.catch_warnings(), _ending_tidily():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except click.UsageError as error:
+                from speculators.sources.locations import redacted_text
+
+                raise click.UsageError(redacted_text(error.format_message()), error.ctx) from None
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except BrokenPipeError:  # who read the output has gone; what was done is done
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for what is still to be flushed
+                ctx.exit(BY_SIGNAL + 13)
+            except KeyboardInterrupt as error:
+                click.echo("Interrupted; nothing half-written is left, and what was downloaded is kept", err=True)
+                ctx.exit(BY_SIGNAL + (error.number if isinstance(error, _Ended) else signal.SIGINT))
+            except Exception as error:  # noqa: BLE001 - every error has its exit code
+                message, code = explained(error)
+                click.echo(message, err=True)
+                ctx.exit(code)
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """Return what to print about an error, and the exit code."""
+    if isinstance(error, SpeculatorsError):
+        return f"Error: {printable(str(error))}", error.exit_code
+    if is_out_of_memory(error):
+        return "Error: out of memory; nothing was kept. Make some free, or convert on a larger machine", ENVIRONMENT
+    if isinstance(error, OSError):
+        return f"Error: {printable(str(error))}", ENVIRONMENT
+    if isinstance(error, TypeError | ValueError):  # what reading entry points ends with, where one package is damaged
+        from speculators.discovery import unreadable
+
+        if found := "; ".join(unreadable()):
+            return f"Error: {printable(found)}", SpeculatorsError.exit_code
+    lines = "".join(traceback.format_exception(error))
+    return f"{lines}This is a bug of speculators {speculators.__version__}; please report it with the lines above", BUG
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    click.echo(f"Warning: {printable(str(message))}", err=True)
