@@ -122,7 +122,15 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "ValidationError",
     ),
     "Tests": ("testing",),
-    "What users call": ("convert_model", "ConversionResult", "validate_model", "Registry", "__version__"),
+    "What users call": (
+        "convert_model",
+        "ConversionResult",
+        "validate_model",
+        "export_model",
+        "ExportResult",
+        "Registry",
+        "__version__",
+    ),
 }
 """Heading → names below it."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnavailableError,
         ValidationError,
     )
+    from speculators.export import ExportResult, export_model
     from speculators.hookspecs import hookimpl
     from speculators.plan import Facts, match
     from speculators.registry import Registry
@@ -50,6 +51,7 @@ _HOMES = {
     "Derive": "table",
     "Drop": "table",
     "Example": "spec",
+    "ExportResult": "export",
     "Facts": "plan",
     "Keep": "table",
     "LayeredConfig": "config",
@@ -74,6 +76,7 @@ _HOMES = {
     "Verifier": "verifier",
     "Vllm": "spec",
     "convert_model": "convert",
+    "export_model": "export",
     "hookimpl": "hookspecs",
     "match": "plan",
     "validate_model": "validation",
@@ -92,6 +95,7 @@ __all__ = [
     "Derive",
     "Drop",
     "Example",
+    "ExportResult",
     "Facts",
     "Keep",
     "LayeredConfig",
@@ -118,6 +122,7 @@ __all__ = [
     "__version__",
     "convert_model",
     "decoder",
+    "export_model",
     "hookimpl",
     "match",
     "validate_model",

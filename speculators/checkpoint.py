@@ -94,6 +94,7 @@ class Checkpoint:
     Attributes:
         name: What messages call it.
         config: What ``config.json`` holds: keys and values of any kind, as a stranger wrote them.
+        config_bytes: The file itself.
         place: Where its files lie.
 
     Raises:
@@ -106,7 +107,8 @@ class Checkpoint:
         self.name = self.place.name
         self._opened: dict[str, WeightFile] = {}
         self._read: dict[str, Digest] = {}
-        self.config = self._read_json("config.json")
+        self.config_bytes = self._read_whole("config.json")
+        self.config = parse_json(self.config_bytes, self._described("config.json"))
 
     @classmethod
     def at(cls, location: str | Path, access: Access, *, partly: bool = False) -> Checkpoint:
@@ -217,17 +219,19 @@ class Checkpoint:
         return f"{self.place.reference}/{name}" if self.place.local is None else str(self.place.local / name)
 
     def _read_json(self, name: str) -> dict[str, Any]:
+        return parse_json(self._read_whole(name), self._described(name))
+
+    def _read_whole(self, name: str) -> bytes:
         try:
             path = self.place.path(name)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{self.name} is no checkpoint: it has no {name} (found: {self._found()}){self.place.remark}"
             ) from None
-        described = self._described(name)
-        with reading(described):
+        with reading(self._described(name)):
             data = read_bytes(path)
         self._read[name] = digests.of_bytes(data)
-        return parse_json(data, described)
+        return data
 
     def fetch(self) -> None:
         """Bring all weight files here, where they lie elsewhere.

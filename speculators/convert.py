@@ -28,7 +28,7 @@ from speculators.plan import Derivation, Facts, Move, Plan, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import AUTO, Algorithm, Registry
 from speculators.serving import Instructions, instructions
-from speculators.sharing import Completion, complete, settle
+from speculators.sharing import Completion, Equal, complete, settle
 from speculators.sources import Access, LocalLocation, local_path, parse
 from speculators.spec import Context
 from speculators.verifier import Verifier
@@ -52,6 +52,7 @@ class Conversion:
         moves: Tensors to write under new names, sorted by them.
         derivations: Tensors to make.
         dropped: Source name → why it is left out.
+        equal: Source name → the verifier's tensor that it equals, of those that are left out for that.
         completions: Tensors of the verifier's to write.
         from_verifier: Output name → the verifier's tensor that engines use in its place.
         notes: What the user should know, one sentence each.
@@ -65,6 +66,7 @@ class Conversion:
     moves: tuple[Move, ...]
     derivations: tuple[Derivation, ...]
     dropped: dict[str, str]
+    equal: dict[str, Equal]
     completions: tuple[Completion, ...]
     from_verifier: dict[str, str]
     notes: tuple[str, ...]
@@ -316,11 +318,12 @@ def prepare(
             planned.findings,
             advice=_advice(chosen, planned, registry),
         )
-    compared, dropped, notes = settle(planned.comparisons, context, self_contained=self_contained, progress=progress)
+    settled = settle(planned.comparisons, context, self_contained=self_contained, progress=progress)
+    notes = settled.notes
     left = dict(planned.from_verifier) | {
         comparison.move.target: comparison.row.verifier
         for comparison in planned.comparisons
-        if comparison.move.source in dropped
+        if comparison.move.source in settled.dropped
     }
     completions: list[Completion] = []
     if self_contained:
@@ -334,9 +337,10 @@ def prepare(
         chosen,
         facts,
         config,
-        tuple(sorted((*planned.moves, *compared), key=lambda move: move.target)),
+        tuple(sorted((*planned.moves, *settled.kept), key=lambda move: move.target)),
         planned.derivations,
-        {**planned.dropped, **dropped},
+        {**planned.dropped, **settled.dropped},
+        settled.equal,
         tuple(completions),
         {target: role for target, role in left.items() if target not in written},
         (*facts.notes, *notes, *more),
@@ -410,6 +414,7 @@ def write(
         progress("writing", done, total)
 
     written = writer.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
+    written |= writer.write_bytes(folder, output.NATIVE_CONFIG_FILE, conversion.context.source.config_bytes)
     written |= writer.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
     record = provenance.describe(conversion, read(), written, max_shard_size)
     writer.write_text(folder, output.PROVENANCE_FILE, record)

@@ -173,6 +173,22 @@ def native_config(context: Context, schema: type[BaseModel] = _NativeConfig) -> 
     return flat
 
 
+def export_config(config: LayeredConfig, **more: Any) -> dict[str, Any]:
+    """Return the config that training code saves beside such a draft; for `ConverterSpec.export_config`.
+
+    Args:
+        config: The config of an output.
+        **more: Keys that the algorithm's training code adds.
+    """
+    layer = config.transformer_layer_config.model_dump(mode="json")
+    kept = {key: layer[key] for key in (*_NativeConfig.model_fields, *_EXPORTED) if layer.get(key) is not None}
+    return {**kept, "torch_dtype": config.dtype, **more}
+
+
+_EXPORTED = ("architectures", "model_type", "rope_scaling", "attention_bias", "mlp_bias", "tie_word_embeddings")
+"""Keys that training code saves beside those that are read."""
+
+
 def active_parts(context: Context) -> set[str]:
     """Return the optional parts of the table of which the source holds a tensor."""
     return {found.row.part for found in context.matching.moves.values() if found.row.part}

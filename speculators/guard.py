@@ -242,6 +242,10 @@ def _is_json(value: Any) -> bool:
     return True
 
 
+def _exported(spec: ConverterSpec, found: Any) -> None:
+    _require(found is None or (isinstance(found, dict) and _is_json(found)), found, "a dict that JSON knows, or None")
+
+
 def _original(spec: ConverterSpec, found: Any) -> None:
     _require(isinstance(found, Original), found, "an Original")
     _model(spec, found.model, "an Original with the model ")
@@ -324,6 +328,7 @@ HOOKS: dict[str, Callable[[ConverterSpec, Any], None]] = {
     "state_layers": _layers,
     "inspect": _inspected,
     "alternatives": _alternatives,
+    "export_config": _exported,
     "original": _original,
     "targets": _targets,
     "build": _model,

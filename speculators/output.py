@@ -34,8 +34,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PROVENANCE_FILE = "provenance.json"
+NATIVE_CONFIG_FILE = "native_config.json"
 OWN_FILES = re.compile(
-    r"config\.json|provenance\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(native_)?config\.json|provenance\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 """Every file that a conversion may write; nothing else is ever replaced."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from speculators import __version__
+from speculators import __version__, traces
 from speculators.checkpoint import read_json
 from speculators.digests import Digest
 from speculators.errors import CheckpointError
@@ -54,6 +54,7 @@ def describe(
             "self_contained": conversion.self_contained,
             "table_sha256": algorithm.spec.table.sha256,
         },
+        "tensors": {name: trace.to_json() for name, trace in traces.of_conversion(conversion).items()},
         "output": {name: asdict(written[name]) for name in written},
     }
     return json.dumps(record, indent=2, sort_keys=True) + "\n"

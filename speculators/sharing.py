@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from speculators import dtypes
 from speculators.errors import MismatchError, OptionError
 from speculators.plan import Comparison, Move
 from speculators.progress import Progress, unheard
 from speculators.spec import Context
 from speculators.table import Shared, Table
-from speculators.weights import CHUNK, TensorInfo
+from speculators.weights import TensorInfo, read
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,40 @@ class Completion:
     dtype: str | None = None
 
 
+@dataclass(frozen=True)
+class Equal:
+    """What is known of a tensor that is left out because the verifier has the same.
+
+    Attributes:
+        role: Which of the verifier's tensors it equals, in the draft's dtype.
+        sha256: The SHA-256 of its bytes, in hexadecimal digits.
+    """
+
+    role: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What becomes of the tensors that drafts share with their verifier.
+
+    Attributes:
+        kept: Those to write.
+        dropped: Source name → why it is left out.
+        equal: Source name → what it equals, of those that are left out for that.
+        notes: What the user should know, one sentence each.
+    """
+
+    kept: list[Move] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    equal: dict[str, Equal] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 def settle(
     comparisons: Iterable[Comparison], context: Context, *, self_contained: bool = False, progress: Progress = unheard
-) -> tuple[list[Move], dict[str, str], list[str]]:
-    """Compare shareable tensors with the verifier's: those to write, those left out, and notes.
+) -> Settled:
+    """Compare shareable tensors with the verifier's.
 
     Args:
         comparisons: What to compare.
@@ -47,31 +77,30 @@ def settle(
     Raises:
         MismatchError: A tensor differs from the verifier's and the output type has no room for it.
     """
-    kept: list[Move] = []
-    dropped: dict[str, str] = {}
-    notes: list[str] = []
+    settled = Settled()
     for comparison in comparisons:
         name, role = comparison.move.source, comparison.row.verifier
         if getattr(context.options, f"use_verifier_{role}", False):
             _require_verifier_shape(comparison, context)
-            dropped[name] = f"the verifier's {role} was asked for"
+            settled.dropped[name] = f"the verifier's {role} was asked for"
             continue
         evidently_own = comparison.move.info.shape != context.verifier.shapes[role]  # a width or vocabulary of its own
         if evidently_own or (self_contained and comparison.row.own):
-            kept.append(comparison.move)
+            settled.kept.append(comparison.move)
             continue
-        difference = _difference(comparison, context, progress)
-        if difference is None:
-            dropped[name] = f"equal to the verifier's {role}"
+        difference, sha256 = _compare(comparison, context, progress)
+        if not difference:
+            settled.dropped[name] = f"equal to the verifier's {role}"
+            settled.equal[name] = Equal(role, sha256)
         elif comparison.row.own:
-            kept.append(comparison.move)
-            notes.append(f"{name} {difference}; it is kept")
+            settled.kept.append(comparison.move)
+            settled.notes.append(f"{name} {difference}; it is kept")
         else:
             raise MismatchError(
                 f"{context.source.name} cannot be converted (nothing was written):",
                 [f"{name} {difference}, and the output type has no room for a draft's own {role}"],
             )
-    return kept, dropped, notes
+    return settled
 
 
 def complete(
@@ -125,26 +154,24 @@ def _require_verifier_shape(comparison: Comparison, context: Context) -> None:
         )
 
 
-def _difference(comparison: Comparison, context: Context, progress: Progress) -> str | None:
-    """Say how a tensor differs from the verifier's in the draft's dtype; ``None`` when it is equal."""
-    move, role = comparison.move, comparison.row.verifier
-    name = context.verifier.find(role)
-    weights = context.verifier.weights
-    if name is None or weights is None:
-        return f"could not be compared with the verifier's {role}, which {context.verifier.name} does not hold"
-    rows, width = move.info.shape
-    stored = weights.info(name).dtype
-    row = width * dtypes.SIZES[move.info.dtype]
-    step = max(1, CHUNK // row)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        try:
-            theirs = dtypes.cast(weights.rows(name, start, stop), stored, move.info.dtype)
-        except OverflowError:
-            return f"differs from the verifier's {role}"
-        except ValueError:
-            return f"could not be compared with the verifier's {role}, which is stored as {stored}"
-        if bytes(context.source.rows(move.source, start, stop)) != theirs:
-            return f"differs from the verifier's {role}"
-        progress(f"comparing {role}", stop * row, rows * row)
-    return None
+def _compare(comparison: Comparison, context: Context, progress: Progress) -> tuple[str, str]:
+    """Say how a tensor differs from the verifier's in the draft's dtype; nothing, and its SHA-256, when it is equal."""
+    move, role, verifier = comparison.move, comparison.row.verifier, context.verifier
+    name = verifier.find(role)
+    if name is None or verifier.weights is None:
+        return f"could not be compared with the verifier's {role}, which {verifier.name} does not hold", ""
+    digest, done, total = hashlib.sha256(), 0, move.info.nbytes
+    theirs = verifier.stretches(role, move.info.dtype)
+    try:
+        for chunk in theirs:
+            if bytes(read(context.source.stretch(move.source, done, done + len(chunk)))) != chunk:
+                return f"differs from the verifier's {role}", ""
+            digest.update(chunk)
+            done += len(chunk)
+            progress(f"comparing {role}", done, total)
+    except OverflowError:
+        return f"differs from the verifier's {role}", ""
+    except ValueError:
+        stored = verifier.weights.info(name).dtype
+        return f"could not be compared with the verifier's {role}, which is stored as {stored}", ""
+    return "", digest.hexdigest()

@@ -559,6 +559,21 @@ class ConverterSpec(ABC, Generic[Config]):
         """
         return to_ids(checkpoint.array(name)) if name in checkpoint.tensors else None
 
+    def export_config(self, config: Config) -> dict[str, Any] | None:
+        """Return the ``config.json`` that training code would have saved beside the draft.
+
+        ``speculators export`` asks for it where an output does not hold the config that it was converted with, such as
+        one of another writer. Converted again, the export must give ``config``. Left as it is, such outputs cannot be
+        exported.
+
+        Args:
+            config: As for `dims`.
+
+        Returns:
+            What JSON knows.
+        """
+        return None
+
     @abstractmethod
     def build(self, config: Config) -> nn.Module:
         """Build the draft model whose forward is the original code's; import torch only here.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from speculators import digests, dtypes, provenance
 from speculators import prompts as prompting
 from speculators.checkpoint import Checkpoint, stored_dtype
-from speculators.config import MODEL_TYPE_KEY
+from speculators.converted import algorithm_of, verifier_of
 from speculators.errors import CheckpointError, OptionError, ValidationError, reading
 from speculators.guard import stated
 from speculators.output import PROVENANCE_FILE
@@ -23,8 +23,7 @@ from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
 from speculators.prompts import Prompt
 from speculators.registry import Registry
-from speculators.sources import Access, HubLocation, LocalLocation, parse
-from speculators.sources.locations import COMMIT
+from speculators.sources import Access
 from speculators.table import Table
 from speculators.verifier import Verifier
 from speculators.weights import pieces
@@ -152,15 +151,9 @@ def validate_model(
     """
     access = Access(token, cache_dir, offline, progress)
     converted = Checkpoint.at(path, access)
-    config = converted.config
-    if MODEL_TYPE_KEY not in config:
-        raise CheckpointError(f"{converted.name} is not in the speculators format; convert it first")
-    block = config.get("speculators_config")
-    if not isinstance(block, dict) or not isinstance(block.get("algorithm"), str):
-        raise CheckpointError(f"the config of {converted.name} names no speculators_config.algorithm")
     registry = registry or Registry()
-    spec = registry.get(block["algorithm"]).spec
-    base, conversion = Verifier(verifier or _named_verifier(converted, block), access), None
+    spec = registry.get(algorithm_of(converted)).spec
+    base, conversion = Verifier(verifier or verifier_of(converted), access), None
     if source is not None:
         from speculators.convert import prepare, verifying
 
@@ -185,35 +178,6 @@ def validate_model(
             raise
         return Report(tuple(files))  # which say why it cannot be read
     return replace(report, checks=(*files, *report.checks))
-
-
-def _named_verifier(converted: Checkpoint, block: Mapping[str, Any]) -> str:
-    """Return the verifier that a config names; a stranger's config does not choose what is read here."""
-    reference = block.get("verifier")
-    named = reference.get("name_or_path") if isinstance(reference, dict) else None
-    if not isinstance(named, str) or not named:
-        raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
-    read = _provenance(converted)
-    repository, _, folder = named.partition(":")
-    if read.get("repository") == repository and COMMIT.fullmatch(str(read.get("commit"))):
-        return f"hf://{repository}@{read['commit']}/{folder}"
-    location = parse(named)
-    trusted = (HubLocation,) if converted.place.local is None else (HubLocation, LocalLocation)
-    if not isinstance(location, trusted):
-        raise CheckpointError(
-            f"the config of {converted.name} names {location.name} as its verifier; "
-            "pass it with --verifier if you trust it"
-        )
-    return named
-
-
-def _provenance(converted: Checkpoint) -> Mapping[str, Any]:
-    """Return what an output says about the verifier that it was converted with, as far as it can be read."""
-    try:
-        read = provenance.read_record(converted).get("verifier")
-    except CheckpointError:
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def check_files(converted: Checkpoint, *, read: bool) -> list[Check]:

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speculators import dtypes
 from speculators.checkpoint import Checkpoint
 from speculators.companions import TOKENIZER_FILES
 from speculators.config import LARGEST_SIZE
 from speculators.errors import CheckpointError, is_out_of_memory
 from speculators.sources import Access
+from speculators.weights import CHUNK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,6 +158,25 @@ class Verifier:
                 f"its config says {list(self.shapes[role])}"
             )
         return name
+
+    def stretches(self, role: str, dtype: str) -> Iterator[bytes]:
+        """Yield the tensor that plays ``role`` in another dtype, without padding, in chunks of whole rows.
+
+        Args:
+            role: One that `find` finds.
+            dtype: In safetensors' spelling (``"BF16"``).
+
+        Raises:
+            OverflowError: A finite value becomes infinite.
+            ValueError: It is stored in a dtype that nothing is cast from.
+            CheckpointError: A file is damaged, or cannot be had.
+        """
+        name, weights = self.find(role), self.weights
+        assert name is not None and weights is not None  # noqa: S101, PT018 - `find` has found it
+        rows, width = self.shapes[role]
+        stored, step = weights.info(name).dtype, max(1, CHUNK // (width * dtypes.SIZES[dtype]))
+        for start in range(0, rows, step):
+            yield dtypes.cast(weights.rows(name, start, min(start + step, rows)), stored, dtype)
 
 
 @contextmanager

@@ -61,7 +61,11 @@ def parse_size(size: str | int) -> int:
 
 def write_text(folder: Path, name: str, text: str) -> dict[str, Digest]:
     """Write a small file, the same bytes on every system, and return its digest by its name."""
-    data = text.encode()
+    return write_bytes(folder, name, text.encode())
+
+
+def write_bytes(folder: Path, name: str, data: bytes) -> dict[str, Digest]:
+    """Write a small file and return its digest by its name."""
     (folder / name).write_bytes(data)
     return {name: digests.of_bytes(data)}
 

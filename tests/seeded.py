@@ -452,6 +452,13 @@ MISTAKES = (
         "reproducible",
     ),
     Mistake(
+        "a native config that says something else",
+        {'"torch_dtype": config.dtype}': '"torch_dtype": "float16"}'},
+        "export",
+        "what export_config returns is converted to dtype 'float16', which was 'float32'",
+        "export",
+    ),
+    Mistake(
         "a set in the config",
         {'default=["LadderSpeculator"]': 'default=[*{"LadderSpeculator", "LadderModel", "LadderDraft", "LadderHead"}]'},
         "reproducible",

@@ -249,6 +249,7 @@ def test_shards_can_be_asked_for(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "native_config.json",
         "provenance.json",
     ]
     assert sharded.keys() == whole.keys()
@@ -329,5 +330,6 @@ def test_dots_at_the_end_mean_the_folder_that_they_lead_to(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "native_config.json",
         "provenance.json",
     ]

@@ -104,6 +104,7 @@ def test_the_output_is_three_files_that_others_can_read(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "native_config.json",
         "provenance.json",
     ]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

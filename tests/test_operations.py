@@ -9,7 +9,7 @@ import torch
 from checkpoints import VERIFIER, read_tensors, write_checkpoint
 from installing import TOY, Install
 
-from speculators import Checkpoint, MismatchError, PluginError, ValidationError, convert_model
+from speculators import Checkpoint, MismatchError, PluginError, ValidationError, convert_model, export_model
 from speculators.cli.convert import blocks
 from speculators.cli.screen import plain
 from speculators.operations import Cut
@@ -101,6 +101,21 @@ def test_a_head_gives_the_same_output_however_it_is_stored(
 
     one, other = (tmp_path / f"{name}-out" / "model.safetensors" for name in ("apart", stored))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["apart", "fused", "in pieces", "without what can be made"])
+def test_what_was_cut_or_joined_is_exported_as_it_was(stored: str, install: Install, tmp_path: Path) -> None:
+    registry, tensors = install("gated", GATED), {name: each.clone() for name, each in layouts()[stored].items()}
+    source = write_checkpoint(tmp_path / "in", {}, tensors)
+    convert_model(
+        source, verifier=VERIFIER, algorithm="gated", output_path=tmp_path / "out", validate=False, registry=registry
+    )
+
+    export_model(tmp_path / "out", output_path=tmp_path / "exported", registry=registry)
+
+    exported = read_tensors(tmp_path / "exported")
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from speculators.conformance.bench import Bench, NonconformanceError, Tensors, c
 from speculators.conformance.disk import full_disk
 from speculators.dtypes import FLOATS
 from speculators.errors import CheckpointError, OptionError, PluginError, SpeculatorsError, described
+from speculators.export import export_model
 from speculators.guard import guarded, own_classes, shown, unguarded
-from speculators.output import CONFIG_FILE
+from speculators.output import CONFIG_FILE, NATIVE_CONFIG_FILE, PROVENANCE_FILE
 from speculators.spec import ConverterSpec
 from speculators.table import Drop, Refuse, Split, fill, symbols
 from speculators.weights import TensorInfo
@@ -640,6 +641,38 @@ def check_reversible(bench: Bench) -> None:
         )
 
 
+def check_export(bench: Bench) -> None:
+    """The output is exported as the very checkpoint; where its record is lost, as one that converts to the same."""
+    place = bench.place("export")
+    output, verifier, said = bench.converted.output_path, bench.places[1], bench.source.config_bytes
+    export = export_model(output, verifier=verifier, output_path=place / "export", registry=bench.registry)
+    exported, expected = Checkpoint(export.output_path), bench.tensors.items()
+    require(exported.config_bytes == said, "an export has another config than the checkpoint that was converted")
+    found = contents(exported)
+    changed = [name for name, held in expected if name not in export.missing and found.get(name) != held]
+    require(not changed and found.keys() <= bench.tensors.keys(), f"an export holds another {', '.join(changed)}")
+    if bench.spec.export_config(bench.config) is None:
+        return
+    unrecorded = place / "unrecorded"
+    shutil.copytree(output, unrecorded)
+    for name in (PROVENANCE_FILE, NATIVE_CONFIG_FILE):
+        (unrecorded / name).unlink()
+    export = export_model(unrecorded, verifier=verifier, output_path=place / "made", registry=bench.registry)
+    again = Checkpoint(bench.convert(place / "again", export.output_path).output_path)
+    what = "what export_config returns is converted to"
+    require(again.config == bench.output.config, f"{what} {_config_change(bench.output.config, again.config)}")
+    require(contents(again) == contents(bench.output), f"{what} other tensors")
+
+
+def _config_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    for key in sorted(before.keys() | after.keys()):
+        if (was := before.get(key)) != (now := after.get(key)):
+            if isinstance(was, Mapping) and isinstance(now, Mapping):
+                return f"{key}: {_config_change(was, now)}"
+            return f"{key} {shown(now)}, which was {shown(was)}"
+    return "the same config"
+
+
 def check_whole(bench: Bench) -> None:
     """Wherever the disk is full, what stood at the output path still stands, or the new output does, whole."""
     new, place = files(bench.converted.output_path), bench.place("full")
@@ -715,6 +748,7 @@ CHECKS = (
     Check("damage", check_damage),
     Check("optional", check_optional),
     Check("reproducible", check_reproducible),
+    Check("export", check_export),
     Check("whole", check_whole),
 )
 """All checks, in the order in which their failures are best read."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -134,6 +134,10 @@ class Eagle(ConverterSpec[EagleConfig]):
             fusion_bias="fusion_bias" in facts.parts,
         )
         return config, notes
+
+    def export_config(self, config: EagleConfig) -> dict[str, Any]:
+        """What EAGLE's training saves: the config of a Llama, and whether the fusion has a bias."""
+        return decoder.export_config(config, bias=config.fusion_bias)
 
     def dims(self, config: EagleConfig) -> Mapping[str, int]:
         """Sizes of the decoder layer; `speculators.decoder` explains the symbols."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -220,6 +220,15 @@ class Eagle3(ConverterSpec[Eagle3Config]):
             eagle_aux_hidden_state_layer_ids=eagle3_facts.layer_ids(context),
         )
         return config, notes
+
+    def export_config(self, config: Eagle3Config) -> dict[str, Any]:
+        """What EAGLE-3's trainers save, with the flags that no tensor shows where SpecForge and ModelOpt put them."""
+        flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        said: dict[str, Any] = {flag: True for flag in flags if getattr(config, flag)}
+        if config.eagle_aux_hidden_state_layer_ids:
+            said |= {eagle3_facts.LAYER_IDS: config.eagle_aux_hidden_state_layer_ids}
+        said |= {"target_hidden_size": config.state_size, "draft_vocab_size": config.draft_vocab_size}
+        return decoder.export_config(config, **said | {"architectures": ["LlamaForCausalLMEagle3"]})
 
     def dims(self, config: Eagle3Config) -> Mapping[str, int]:
         """Sizes of the layers, the draft vocabulary and the verifier's states.

@@ -117,6 +117,9 @@ class Ladder(ConverterSpec[LadderConfig]):
     def parts(self, config: LadderConfig) -> frozenset[str]:
         return frozenset({"bias"} if config.bias else ())
 
+    def export_config(self, config: LadderConfig) -> dict[str, Any]:
+        return {"model_type": "ladder", "num_rungs": config.rungs, "torch_dtype": config.dtype}
+
     def state_layers(self, config: LadderConfig, layers: int) -> tuple[int, ...]:
         return (layers // 2, layers)
 
