@@ -22,6 +22,8 @@ from speculators.errors import CheckpointError, reading
 from speculators.pickles import PickleFile
 from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
 from speculators.sources.locations import is_name
+from speculators.sources.outlines import open_pickle_partly
+from speculators.sources.parts import Pieces, RemoteSafetensors, Whole
 from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class Format:
 
     Attributes:
         stem: What the conventional name begins with; empty where there is none.
-        read: Opens one.
+        read: Opens one that lies here.
+        read_partly: Opens one that lies elsewhere, of which parts are fetched.
         digest: Reads one for its digest, and compares it with the checksums that it holds.
         checked: Tells whether one holds any.
         screen: Refuses one that no other library should load.
@@ -43,17 +46,20 @@ class Format:
 
     stem: str
     read: Callable[[Path], WeightFile]
+    read_partly: Callable[[Pieces, int, Whole], WeightFile]
     digest: Callable[[Path, Event], Digest]
     checked: Callable[[Path], bool]
     screen: Callable[[Path], None]
 
 
 def _pickled(stem: str) -> Format:
-    return Format(stem, PickleFile, pickles.digest, pickles.is_archive, pickles.screen)
+    return Format(stem, PickleFile, open_pickle_partly, pickles.digest, pickles.is_archive, pickles.screen)
 
 
 FORMATS: Mapping[str, Format] = {
-    ".safetensors": Format("model", SafetensorsFile, weights.digest, lambda path: False, lambda path: None),
+    ".safetensors": Format(
+        "model", SafetensorsFile, RemoteSafetensors, weights.digest, lambda path: False, lambda path: None
+    ),
     ".bin": _pickled("pytorch_model"),
     ".pt": _pickled(""),
     ".pth": _pickled(""),
@@ -90,6 +96,7 @@ class Checkpoint:
     Args:
         place: The folder with its files, or a local path: a folder, or one weight file with its
             ``config.json`` beside it.
+        formats: Which of `FORMATS` its weights may have, in order of preference.
 
     Attributes:
         name: What messages call it.
@@ -111,18 +118,26 @@ class Checkpoint:
         self.config = parse_json(self.config_bytes, self._described("config.json"))
 
     @classmethod
-    def at(cls, location: str | Path, access: Access, *, partly: bool = False) -> Checkpoint:
+    def at(
+        cls,
+        location: str | Path,
+        access: Access,
+        *,
+        partly: bool = False,
+        formats: Collection[str] = tuple(FORMATS),
+    ) -> Checkpoint:
         """Open the checkpoint that a user means by a path, a Hugging Face ID or a URL.
 
         Args:
             location: As the user gave it.
             access: How to reach it.
-            partly: Whether just parts of its weights will be asked for.
+            partly: Whether just parts of its weights will be asked for: then no more is fetched than what tells its
+                tensors (`tensors`, `info`), and of each what is asked for (`stretch`, `rows`).
+            formats: Which of `FORMATS` its weights may have.
 
         Raises:
             CheckpointError: There is none, or it may not be read.
         """
-        formats = VERIFIER_FORMATS if partly else tuple(FORMATS)
         return cls(find(location, access, partly=partly, suffixes=(*formats, INDEX)), formats)
 
     @cached_property
@@ -196,7 +211,7 @@ class Checkpoint:
         if name not in self._opened:
             indexed = self._located[name]
             try:
-                file = self.place.open(name, FORMATS[Path(name).suffix].read)
+                file = self.place.open(name, FORMATS[Path(name).suffix])
             except FileNotFoundError as error:
                 raise self._lacks(name, indexed) from error
             if indexed is not None and indexed[1] != set(file.tensors):

@@ -17,7 +17,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader, BytesIO, FileIO
@@ -29,13 +29,16 @@ from typing import TYPE_CHECKING
 from speculators import digests, dtypes
 from speculators.digests import Digest
 from speculators.errors import CheckpointError, is_out_of_memory, reading
-from speculators.weights import Extent, TensorInfo
+from speculators.weights import Extent, TensorInfo, read
 
 if TYPE_CHECKING:
     import torch
 
 LARGEST_PICKLE = 4 << 20
 """Bytes of a pickle without its tensors, or of an archive's directory; each tensor takes some hundred of both."""
+
+LOCAL_HEADER, LOCAL_HEADER_SIZE = b"PK\x03\x04", 30
+"""What stands before the content of each entry of a zip file begins with, and how long it is without names."""
 
 MOST_OPERATIONS = 1_000_000
 """Steps of a pickle; each tensor takes some thirty, and any may make an object of some hundred bytes."""
@@ -52,8 +55,19 @@ TENSORS = re.compile(
 )
 """What pickles of tensors by name ask for: module and name. torch allows a little more, such as arrays of any size."""
 
+OLD = "in PyTorch's format of before 1.6"
+"""What messages call a file that is no archive."""
+
 MAPPINGS = Path("/proc/self/maps")
 """Where Linux lists what is mapped into a process (proc(5)); other systems have no such file."""
+
+
+class WholeOnlyError(Exception):
+    """An outline of a file is not enough; says what the file is or does, which stands in the way."""
+
+
+Fetch = Callable[["Entry", int, int], memoryview]
+"""Returns bytes of an entry of an archive, from one position in its content to another."""
 
 
 class PickleFile:
@@ -61,31 +75,58 @@ class PickleFile:
 
     A strided tensor is laid out in memory, by itself, when it is asked for. A file that cannot be mapped,
     as it is compressed or in the format of before PyTorch 1.6, is read into memory whole, with a warning.
+
+    Args:
+        path: Where it lies.
+        name: What messages call it; its path by default.
+        fetch: Returns what is missing in the file, where ``path`` is an outline: of the same size as a file that lies
+            elsewhere, with nothing in the place of its tensors.
+
+    Raises:
+        WholeOnlyError: An outline does not tell where each tensor lies.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "", fetch: Fetch | None = None) -> None:
         self.path = path
-        self._file, archive = _open(path)
+        self._fetch = fetch
+        called = name or str(path)
+        self._file, archive = _open(path, called)
         self.size = os.fstat(self._file.fileno()).st_size
         mapped = archive is not None and archive.mappable
-        if not mapped:
-            kind = "in PyTorch's format of before 1.6" if archive is None else "compressed"
-            warnings.warn(f"{path} is {kind} and is read into memory whole", stacklevel=2)
-        self._tensors = _load(path, mapped)
-        self.tensors = {name: _describe(tensor, name, path) for name, tensor in self._tensors.items()}
-        _check_size(self.tensors, self.size, path)
-        self._starts = _storage_starts(self._file, self._tensors, archive) if archive and mapped else {}
+        if fetch is not None:
+            _require_outlined(archive)
+        elif not mapped:
+            kind = OLD if archive is None else "compressed"
+            warnings.warn(f"{called} is {kind} and is read into memory whole", stacklevel=2)
+        self._tensors = _load(path, mapped, called)
+        self.tensors = {each: _describe(tensor, each, called) for each, tensor in self._tensors.items()}
+        _check_size(self.tensors, self.size, called)
+        self._entries = {entry.start: entry for entry in archive.entries} if archive else {}
+        self._starts = _storage_starts(self._file, self._tensors, archive, called) if archive and mapped else {}
         self._flat: tuple[str, memoryview] | None = None
 
     def stretch(self, name: str, start: int, stop: int) -> Extent | memoryview:
-        """Return bytes ``start`` to ``stop`` of a tensor."""
+        """Return bytes ``start`` to ``stop`` of a tensor.
+
+        Raises:
+            WholeOnlyError: They cannot be found from an outline.
+        """
         stored = self._stored(name)
+        if self._fetch is not None and stored is None and start < stop:
+            raise WholeOnlyError("does not show from outside where it holds a tensor")
         if stored is not None and self._tensors[name].is_contiguous():
-            return stored.part(start, stop)
+            return self._found(name, stored.part(start, stop))
         if self._flat is None or self._flat[0] != name:
             self._flat = None  # no two at a time
             self._flat = (name, self._lay_out(name, stored))
         return self._flat[1][start:stop]
+
+    def _found(self, name: str, stored: Extent) -> Extent | memoryview:
+        """Return what lies at a place in the file, fetched where the file is an outline."""
+        if self._fetch is None:
+            return stored
+        start = self._starts[self._tensors[name].untyped_storage().data_ptr()]
+        return self._fetch(self._entries[start], stored.start - start, stored.start - start + stored.size)
 
     def _stored(self, name: str) -> Extent | None:
         """Return where the file holds all elements of a tensor, perhaps with others between them."""
@@ -102,7 +143,7 @@ class PickleFile:
 
         tensor = self._tensors[name]
         if stored is not None:  # pages of a mapping would stay in memory
-            elements = dtypes.tensor(stored.read(), self.tensors[name].dtype)
+            elements = dtypes.tensor(read(self._found(name, stored)), self.tensors[name].dtype)
             tensor = elements.as_strided(tensor.shape, tensor.stride())
         laid = tensor.resolve_neg().contiguous()
         # One element may have any stride and still count as contiguous, but not be viewed as bytes.
@@ -113,7 +154,7 @@ class PickleFile:
 def is_archive(path: Path) -> bool:
     """Tell whether a file is a zip file, which holds checksums; older ones are not."""
     with reading(path), path.open("rb") as file:
-        return _is_archive(file)
+        return starts_archive(file)
 
 
 def digest(path: Path, stopped: Event) -> Digest:
@@ -126,8 +167,8 @@ def digest(path: Path, stopped: Event) -> Digest:
     Raises:
         CheckpointError: The content was changed after it was written.
     """
-    with reading(path), _Bounded(FileIO(path)) as file:
-        stored = _Checksums(_read_archive(file).entries if _is_archive(file) else ())
+    with reading(path), BoundedReader(FileIO(path)) as file:
+        stored = _Checksums(_read_archive(file, str(path)).entries if starts_archive(file) else ())
         found = digests.of_file(path, stopped.is_set, stored.add)
     if not stopped.is_set() and (wrong := stored.wrong):
         raise CheckpointError(f"{path} is damaged: Bad CRC-32 for file {wrong!r}. Download it again.")
@@ -140,7 +181,7 @@ class _Checksums:
     Of compressed ones torch does so itself, as it reads them whole.
     """
 
-    def __init__(self, entries: Iterable[_Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry]) -> None:
         self._entries = [entry for entry in entries if entry.stored]
         self._position = self._index = self._sum = 0
         self.wrong = ""
@@ -159,7 +200,7 @@ class _Checksums:
             self._index, self._sum = self._index + 1, 0
 
 
-class _Bounded(BufferedReader):
+class BoundedReader(BufferedReader):
     """A file of which no more is read at a time than an honest one needs."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -174,11 +215,12 @@ class _Bounded(BufferedReader):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A file in an archive: where its content lies, and what it is.
 
     Attributes:
         name: Its name.
+        header: Where its local header starts.
         start: Where its content starts.
         size: Bytes of the content.
         stop: Where it ends, before that if it is compressed.
@@ -187,6 +229,7 @@ class _Entry:
     """
 
     name: str
+    header: int
     start: int
     size: int
     stop: int
@@ -204,7 +247,7 @@ class _Archive:
         swapped: Whether numbers are stored with their bytes in reverse.
     """
 
-    entries: Sequence[_Entry]
+    entries: Sequence[Entry]
     pickled: bytes
     swapped: bool
 
@@ -229,34 +272,35 @@ def screen(path: Path) -> None:
     Raises:
         CheckpointError: It asks for something else than tensors, or is no PyTorch file.
     """
-    _open(path)[0].close()
+    _open(path, str(path))[0].close()
 
 
-def _open(path: Path) -> tuple[BufferedReader, _Archive | None]:
-    with reading(path):
-        file = _Bounded(FileIO(path))
-        archive = _read_archive(file) if _is_archive(file) else None
-        _screen(file, archive)
+def _open(path: Path, name: str) -> tuple[BufferedReader, _Archive | None]:
+    with reading(name):
+        file = BoundedReader(FileIO(path))
+        archive = _read_archive(file, name) if starts_archive(file) else None
+        _screen(file, archive, name)
     return file, archive
 
 
-def _is_archive(file: BufferedReader) -> bool:
-    return file.read(4) == b"PK\x03\x04"
+def starts_archive(file: BufferedReader) -> bool:
+    """Tell whether what comes next is the beginning of a zip file."""
+    return file.read(4) == LOCAL_HEADER
 
 
-def _read_archive(file: BufferedReader) -> _Archive:
+def _read_archive(file: BufferedReader, name: str) -> _Archive:
     try:
         archive = zipfile.ZipFile(file)
         _require_one_meaning(file, archive)
         entries = sorted((_entry(file, each) for each in archive.infolist()), key=lambda entry: entry.start)
         _check_entries(entries, os.fstat(file.fileno()).st_size)
-        pickled = _small(archive, "/data.pkl", LARGEST_PICKLE)
-        swapped = _small(archive, "/byteorder", 16) == b"big"
+        pickled = read_small(archive, "/data.pkl", LARGEST_PICKLE)
+        swapped = read_small(archive, "/byteorder", 16) == b"big"
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(
-            f"{file.name} is damaged or no PyTorch file: {error}. Download it again, or have torch save it anew."
+            f"{name} is damaged or no PyTorch file: {error}. Download it again, or have torch save it anew."
         ) from error
     return _Archive(entries, pickled, swapped)
 
@@ -285,15 +329,29 @@ def _require_one_meaning(file: BufferedReader, archive: zipfile.ZipFile) -> None
             raise ValueError(f"it holds {each.orig_filename!r}, which it also calls {each.filename!r}")
 
 
-def _entry(file: BufferedReader, info: zipfile.ZipInfo) -> _Entry:
-    file.seek(info.header_offset + 26)  # where a local header tells its own length (APPNOTE 4.3.7)
-    name, extra = struct.unpack("<HH", file.read(4))
-    start = info.header_offset + 30 + name + extra
+def _entry(file: BufferedReader, info: zipfile.ZipInfo) -> Entry:
+    file.seek(info.header_offset)
+    start = info.header_offset + header_length(file.read(LOCAL_HEADER_SIZE))
     stored = info.compress_type == zipfile.ZIP_STORED
-    return _Entry(info.filename, start, info.file_size, start + info.compress_size, stored, info.CRC)
+    return Entry(info.filename, info.header_offset, start, info.file_size, start + info.compress_size, stored, info.CRC)
 
 
-def _check_entries(entries: Sequence[_Entry], size: int) -> None:
+def header_length(header: bytes | memoryview) -> int:
+    """Return how long a local header says that it is, of which the first 30 bytes are given (APPNOTE 4.3.7)."""
+    name, extra = struct.unpack_from("<HH", header, 26)
+    return LOCAL_HEADER_SIZE + int(name) + int(extra)
+
+
+def _require_outlined(archive: _Archive | None) -> None:
+    if archive is None:
+        raise WholeOnlyError(f"is {OLD}")
+    if not archive.mappable:
+        raise WholeOnlyError("is compressed")
+    if archive.swapped:  # which torch puts in order in memory
+        raise WholeOnlyError("stores numbers with their bytes in reverse")
+
+
+def _check_entries(entries: Sequence[Entry], size: int) -> None:
     """Refuse what would unfold to much more than there is, or mean different things to different readers."""
     for name, count in Counter(entry.name for entry in entries).items():
         if count > 1:
@@ -305,7 +363,7 @@ def _check_entries(entries: Sequence[_Entry], size: int) -> None:
         raise ValueError(f"it is compressed and would take {unfolded} bytes, {unfolded // size} times its size")
 
 
-def _check_size(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> None:
+def _check_size(tensors: Mapping[str, TensorInfo], size: int, path: str) -> None:
     """Refuse tensors that repeat few elements until they are much more than there is."""
     name, info = max(tensors.items(), key=lambda item: item[1].nbytes, default=("", TensorInfo("U8", (0,))))
     if (total := sum(info.nbytes for info in tensors.values())) > LARGEST_EXPANSION * size:
@@ -315,7 +373,12 @@ def _check_size(tensors: Mapping[str, TensorInfo], size: int, path: Path) -> Non
         )
 
 
-def _small(archive: zipfile.ZipFile, ending: str, largest: int) -> bytes:
+def read_small(archive: zipfile.ZipFile, ending: str, largest: int) -> bytes:
+    """Return the content of the one entry of an archive whose name ends so; nothing where there is none.
+
+    Raises:
+        ValueError: There are several, or it is larger than it may be.
+    """
     named = [entry for entry in archive.infolist() if entry.filename.lower().endswith(ending)]
     if len(named) > 1:  # of which torch may take another
         raise ValueError(f"it holds both {named[0].filename!r} and {named[1].filename!r}")
@@ -325,7 +388,7 @@ def _small(archive: zipfile.ZipFile, ending: str, largest: int) -> bytes:
     return archive.read(found) if found is not None else b""
 
 
-def _screen(file: BufferedReader, archive: _Archive | None) -> None:
+def _screen(file: BufferedReader, archive: _Archive | None, name: str) -> None:
     """Read what a pickle asks for, without carrying it out.
 
     Raises:
@@ -341,12 +404,12 @@ def _screen(file: BufferedReader, archive: _Archive | None) -> None:
                 if number > MOST_OPERATIONS or (position is not None and position - start > LARGEST_PICKLE):
                     raise ValueError(f"a pickle of more than {LARGEST_PICKLE} bytes or {MOST_OPERATIONS} steps")
                 if operation.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(str(argument)):
-                    raise _refusal(str(file.name), str(argument).replace(" ", "."))
+                    raise _refusal(name, str(argument).replace(" ", "."))
                 # torch makes room for as many elements as an old file says; its first pickle is a magic number.
                 if archive is None and pickled and isinstance(argument, int) and argument > most:
                     raise ValueError(f"it says {argument}, more elements than there can be")
     except (ValueError, UnicodeError) as error:
-        raise CheckpointError(f"{file.name} is damaged or no PyTorch file: {error}. Download it again.") from error
+        raise CheckpointError(f"{name} is damaged or no PyTorch file: {error}. Download it again.") from error
 
 
 def _refusal(path: str, asked: str) -> CheckpointError:
@@ -356,35 +419,37 @@ def _refusal(path: str, asked: str) -> CheckpointError:
     )
 
 
-def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+def _load(path: Path, mapped: bool, called: str) -> dict[str, torch.Tensor]:
     import pickle
 
     import torch
 
     try:
-        with reading(path):
+        with reading(called):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise _refusal(str(path), found[1] if found else "") from error
+        raise _refusal(called, found[1] if found else "") from error
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
         reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{path} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"{called} is damaged or no PyTorch file: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
         raise CheckpointError(
-            f"{path} holds {_summary(content)}, expected a flat dict of names and tensors. "
+            f"{called} holds {_summary(content)}, expected a flat dict of names and tensors. "
             "Save the module's state_dict() by itself."
         )
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], archive: _Archive) -> dict[int, int]:
+def _storage_starts(
+    file: BufferedReader, tensors: Mapping[str, torch.Tensor], archive: _Archive, name: str
+) -> dict[int, int]:
     """Find out where in the file each mapped storage lies: its address → the offset of its first byte.
 
     Raises:
@@ -408,8 +473,7 @@ def _storage_starts(file: BufferedReader, tensors: Mapping[str, torch.Tensor], a
         for base in bases
     ):
         raise CheckpointError(
-            f"{file.name} is damaged: it does not hold as many bytes of each tensor as its pickle says. "
-            "Download it again."
+            f"{name} is damaged: it does not hold as many bytes of each tensor as its pickle says. Download it again."
         )
     return {} if archive.swapped else starts
 
@@ -435,7 +499,7 @@ def _summary(content: object) -> str:
     return f"a dict of {kinds}{', …' if len(content) > 3 else ''}"
 
 
-def _describe(tensor: torch.Tensor, name: str, path: Path) -> TensorInfo:
+def _describe(tensor: torch.Tensor, name: str, path: str) -> TensorInfo:
     dtype = dtypes.STORED_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes
-from speculators.checkpoint import Checkpoint
+from speculators.checkpoint import VERIFIER_FORMATS, Checkpoint
 from speculators.companions import TOKENIZER_FILES
 from speculators.config import LARGEST_SIZE
 from speculators.errors import CheckpointError, is_out_of_memory
@@ -68,7 +68,7 @@ class Verifier:
     """
 
     def __init__(self, location: str | Path, access: Access | None = None) -> None:
-        self.checkpoint = Checkpoint.at(location, access or Access(), partly=True)
+        self.checkpoint = Checkpoint.at(location, access or Access(), partly=True, formats=VERIFIER_FORMATS)
         self.name = self.checkpoint.name
         self.reference = self.checkpoint.place.reference
         self.text = text_config(self.checkpoint.config)

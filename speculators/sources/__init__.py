@@ -9,6 +9,7 @@ has come from one version.
 `folders`, `hub`       folders here, on a server, and on the Hub
 `remote`               what a transport offers, and how it is asked again: `web`, `filesystems`
 `cache`, `parts`       what was fetched: whole files, and parts of them
+`outlines`             PyTorch files of which parts are fetched
 `access`               token, cache and offline
 =====================  =============================================================================
 """

@@ -20,7 +20,7 @@ from speculators.errors import CheckpointError, UnavailableError, reading
 from speculators.sources.access import Access
 from speculators.sources.cache import download, download_anew, note
 from speculators.sources.locations import LocalLocation
-from speculators.sources.parts import Pieces, RemoteSafetensors
+from speculators.sources.parts import Pieces, Whole
 from speculators.sources.remote import (
     ForbiddenError,
     NoRangesError,
@@ -32,8 +32,17 @@ from speculators.sources.remote import (
 )
 from speculators.weights import WeightFile
 
-Opener = Callable[[Path], WeightFile]
-"""Opens a weight file that lies here."""
+
+class Opener(Protocol):
+    """How a kind of weight file is opened."""
+
+    @property
+    def read(self) -> Callable[[Path], WeightFile]:
+        """Opens one that lies here."""
+
+    @property
+    def read_partly(self) -> Callable[[Pieces, int, Whole], WeightFile]:
+        """Opens one of some size that lies elsewhere, of which parts are fetched, or all where parts are not enough."""
 
 
 class Folder(ABC):
@@ -202,7 +211,7 @@ class LocalFolder(Folder):
 
     def open(self, name: str, opener: Opener) -> WeightFile:
         """Open a weight file."""
-        return opener(self.path(name))
+        return opener.read(self.path(name))
 
     @property
     def reference(self) -> str:
@@ -233,31 +242,32 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_partly(file: RemoteFile, stat: Stat, kept: Path, whole: Callable[[], WeightFile]) -> WeightFile:
-    """Open a remote safetensors file for parts of it, or whole where the server sends nothing less.
+def open_partly(file: RemoteFile, stat: Stat, kept: Path, opener: Opener, path: Callable[[], Path]) -> WeightFile:
+    """Open a remote weight file for parts of it, or whole where server or format leave no choice.
 
     Args:
         file: The transport.
         stat: What the server says about it.
         kept: Where its parts are kept.
-        whole: Fetches all of it and opens it.
+        opener: How its kind is opened.
+        path: Fetches all of it, and returns where it lies.
     """
 
-    def give_up() -> WeightFile:
+    def whole(why: str) -> WeightFile:
         size = "" if stat.size is None else f" of {stat.size / 1e6:.0f} MB"
-        why = "sends whole files only" if stat.size else "does not say how long a file is"
-        why = why if stat.version else "does not say when a file changes"
-        warnings.warn(
-            f"{file.name} is on a server that {why}; all{size} is downloaded although less is needed", stacklevel=2
-        )
-        return whole()
+        warnings.warn(f"{file.name} {why}; all{size} is downloaded although less is needed", stacklevel=2)
+        return opener.read(path())
 
-    if not stat.ranges or stat.size is None or stat.version is None:
-        return give_up()
+    if stat.version is None:
+        return whole("is on a server that does not say when a file changes")
+    if stat.size is None:
+        return whole("is on a server that does not say how long a file is")
     try:
-        return RemoteSafetensors(Pieces(file, file.name, kept), stat.size, give_up)
-    except NoRangesError:
-        return give_up()
+        if not stat.ranges:
+            raise NoRangesError
+        return opener.read_partly(Pieces(file, file.name, kept), stat.size, whole)
+    except NoRangesError as error:
+        return whole(str(error))
 
 
 class Server(Protocol):
@@ -360,14 +370,15 @@ class UrlFolder(Folder):
         """Open a weight file, in parts where that was asked for and the format allows it."""
         stat = self._required(name)
         place = self._place(name, stat)
-        if name in self._paths or place.exists() or not self._partly or not name.endswith(".safetensors"):
-            return opener(self.path(name))
+        if name in self._paths or place.exists() or not self._partly:
+            return opener.read(self.path(name))
         kept = place.with_name("pieces")
         if self._offline:
             if stat.version is None or stat.size is None:
                 raise self._not_cached(name)
-            return RemoteSafetensors(Pieces(None, f"{self.name}/{name}", kept), stat.size)
-        return open_partly(self._remote(name), stat, kept, lambda: opener(self.path(name)))
+            pieces = Pieces(None, f"{self.name}/{name}", kept)
+            return opener.read_partly(pieces, stat.size, lambda why: opener.read(self.path(name)))
+        return open_partly(self._remote(name), stat, kept, opener, lambda: self.path(name))
 
     @property
     def identity(self) -> Mapping[str, object]:

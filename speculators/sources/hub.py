@@ -24,7 +24,7 @@ from speculators.sources.access import Access
 from speculators.sources.cache import download, feed, note, storing
 from speculators.sources.folders import Folder, Opener, open_partly
 from speculators.sources.locations import COMMIT, HubLocation, is_inside
-from speculators.sources.parts import Pieces, RemoteSafetensors
+from speculators.sources.parts import Pieces
 from speculators.sources.remote import (
     FIRST_RETRIES,
     Stat,
@@ -127,21 +127,22 @@ class HubFolder(Folder):
         if not self.has(name):
             raise FileNotFoundError(name)
         inside = f"{self._inside}{name}"
-        if (self._snapshot / inside).exists() or not self._partly or not name.endswith(".safetensors"):
-            return opener(self.path(name))
+        if (self._snapshot / inside).exists() or not self._partly:
+            return opener.read(self.path(name))
         kept = self._access.own_cache / "hub" / self._storage.name / self.commit / inside
         size, ranges = next((int(path.name) for path in kept.glob("size/[0-9]*")), None), True
         if self._away:
             if size is None:
                 raise self._not_cached(name)
-            return RemoteSafetensors(Pieces(None, f"{self._location.repository}/{inside}", kept), size)
+            pieces = Pieces(None, f"{self._location.repository}/{inside}", kept)
+            return opener.read_partly(pieces, size, lambda why: opener.read(self.path(name)))
         file = self._web(inside, size)
         if size is None:
             stat = patiently(file.stat, file.name, "the network")
             size, ranges = stat.size, stat.ranges
             if ranges and size is not None:
                 note(kept / "size" / str(size), b"")
-        return open_partly(file, Stat(size, self.commit, ranges), kept, lambda: opener(self.path(name)))
+        return open_partly(file, Stat(size, self.commit, ranges), kept, opener, lambda: self.path(name))
 
     @property
     def reference(self) -> str:

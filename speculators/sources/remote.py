@@ -50,7 +50,10 @@ class NotFoundError(Exception):
 
 
 class NoRangesError(Exception):
-    """The server sends whole files only."""
+    """The server sends whole files only; the argument is said of the file's name."""
+
+    def __init__(self) -> None:
+        super().__init__("is on a server that sends whole files only")
 
 
 @dataclass(frozen=True)

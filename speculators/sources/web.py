@@ -111,7 +111,7 @@ class WebFile:
             encoding = response.headers.get("Content-Encoding", "")
             encoded = encoding not in IDENTITY
             if (start or stop is not None) and (response.status_code == 200 or encoded):
-                raise NoRangesError(self.name)
+                raise NoRangesError
             if encoded and encoding not in ("gzip", "deflate"):
                 raise CheckpointError(
                     f"{self.name}: the server sends it encoded as {encoding!r}, which was not asked for"
