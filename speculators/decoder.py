@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
@@ -35,7 +35,7 @@ from speculators.rope import (
     rope_parameters,
     serving_positions,
 )
-from speculators.spec import Alternative, Context, Example, Options
+from speculators.spec import Alternative, Context, Example, Options, StatedAs
 from speculators.table import Drop, Refuse, Rename, Row, Table
 from speculators.verifier import Verifier
 from speculators.weights import TensorInfo
@@ -78,10 +78,12 @@ RECOMPUTED_ROWS: tuple[Row, ...] = (
 class DraftOptions(Options):
     """Options of every draft that is made of decoder layers."""
 
-    rope_theta: float | None = Field(
+    rope_theta: Annotated[
+        float | None, StatedAs("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta")
+    ] = Field(
         default=None, gt=0, description="Base of the rotary embedding used in training, when config.json is wrong."
     )
-    use_verifier_embed_tokens: bool = Field(
+    use_verifier_embed_tokens: Annotated[bool, StatedAs()] = Field(
         default=False, description="Leave the draft's own embed_tokens out, for exports that saved untrained ones."
     )
 
