@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
+    from speculators.dry_run import PlannedConversion, plan_conversion
     from speculators.errors import (
         AlgorithmError,
         AlreadyConvertedError,
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
         ValidationError,
     )
     from speculators.hookspecs import hookimpl
+    from speculators.inspection import Inspection, inspect_model
     from speculators.plan import Facts, match
     from speculators.registry import Registry
-    from speculators.spec import Alternative, Context, ConverterSpec, Example, Options, Original, Vllm
+    from speculators.spec import Alternative, Context, ConverterSpec, Example, Options, Original, StatedAs, Vllm
     from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
@@ -51,6 +53,7 @@ _HOMES = {
     "Drop": "table",
     "Example": "spec",
     "Facts": "plan",
+    "Inspection": "inspection",
     "Keep": "table",
     "LayeredConfig": "config",
     "Merge": "table",
@@ -59,6 +62,7 @@ _HOMES = {
     "Options": "spec",
     "Original": "spec",
     "OutputError": "errors",
+    "PlannedConversion": "dry_run",
     "PluginError": "errors",
     "Refuse": "table",
     "Registry": "registry",
@@ -68,6 +72,7 @@ _HOMES = {
     "SpeculatorConfig": "config",
     "SpeculatorsError": "errors",
     "Split": "table",
+    "StatedAs": "spec",
     "Table": "table",
     "UnavailableError": "errors",
     "ValidationError": "errors",
@@ -75,7 +80,9 @@ _HOMES = {
     "Vllm": "spec",
     "convert_model": "convert",
     "hookimpl": "hookspecs",
+    "inspect_model": "inspection",
     "match": "plan",
+    "plan_conversion": "dry_run",
     "validate_model": "validation",
 }
 
@@ -93,6 +100,7 @@ __all__ = [
     "Drop",
     "Example",
     "Facts",
+    "Inspection",
     "Keep",
     "LayeredConfig",
     "Merge",
@@ -101,6 +109,7 @@ __all__ = [
     "Options",
     "Original",
     "OutputError",
+    "PlannedConversion",
     "PluginError",
     "Refuse",
     "Registry",
@@ -110,6 +119,7 @@ __all__ = [
     "SpeculatorConfig",
     "SpeculatorsError",
     "Split",
+    "StatedAs",
     "Table",
     "UnavailableError",
     "ValidationError",
@@ -119,7 +129,9 @@ __all__ = [
     "convert_model",
     "decoder",
     "hookimpl",
+    "inspect_model",
     "match",
+    "plan_conversion",
     "validate_model",
 ]
 

@@ -46,6 +46,17 @@ DEFAULT_POSITIONS = 2048
 CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 """Keys that no forward reads and that travel along when the native config has them."""
 
+CONFIG_KEYS = {
+    "H": "hidden_size",
+    "I": "intermediate_size",
+    "V": "vocab_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "L": "num_hidden_layers",
+}
+"""Symbol → the key under which native configs state it."""
+
 UNSUPPORTED_ROWS: tuple[Row, ...] = (
     Refuse(
         "**.(kv_a_proj_with_mqa|kv_b_proj|kv_a_layernorm|q_a_proj|q_b_proj|q_a_layernorm).**",
