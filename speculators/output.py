@@ -172,7 +172,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
         for each in missing:
             with suppress(FileNotFoundError):
                 (parent / each.name).lstat()  # or the filesystem says that it can have no such name
-        if not os.access(parent, os.W_OK | os.X_OK):
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

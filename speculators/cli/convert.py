@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -154,14 +154,8 @@ def plan_blocks(planned: PlannedConversion) -> Iterator[Block]:
     options = [(option.name, json.dumps(option.value), option.origin) for option in planned.options]
     yield Table("options", ("option", "value", "from"), options)
     for fate, titled in FATES.items():
-        rows = [_planned(tensor) for tensor in planned.tensors if tensor.fate == fate]
-        shown = [number for number in range(len(PLANNED)) if any(row[number] for row in rows)]
-        yield Table(
-            titled,
-            [PLANNED[number] for number in shown],
-            [[row[number] for number in shown] for row in rows],
-            right=frozenset(place for place, number in enumerate(shown) if PLANNED[number] == "size"),
-        )
+        if rows := [_planned(tensor) for tensor in planned.tensors if tensor.fate == fate]:
+            yield _without_empty(titled, rows)
     yield from (Line(f"note: {note}") for note in planned.notes)
     yield Table(
         "files",
@@ -191,18 +185,25 @@ FATES = {
 }
 """Fate of a tensor → the title of the table of those that share it."""
 
-PLANNED = ("from", "", "to", "dtype", "shape", "size", "why")
+PLANNED = ("tensor", "dtype", "shape", "size", "why")
 """Columns of these tables, of which those are shown that are not empty."""
 
 
 def _planned(tensor: PlannedTensor) -> tuple[str, ...]:
-    kept = tensor.sources == (tensor.target,)
-    source, target = ", ".join(tensor.sources), "" if kept or tensor.target is None else tensor.target
+    target = [] if tensor.target is None else [tensor.target]
+    names = dict.fromkeys(name for name in (", ".join(tensor.sources), *target) if name)  # once where it is kept
     cast = tensor.stored is not None and tensor.dtype not in (None, tensor.stored)
-    dtype = f"{tensor.stored} as {tensor.dtype}" if cast else tensor.dtype or tensor.stored or ""
+    dtype = f"{tensor.stored}->{tensor.dtype}" if cast else tensor.dtype or tensor.stored or ""
     shape = "" if tensor.shape is None else f"[{', '.join(map(str, tensor.shape))}]"
-    size = "" if tensor.dtype is None else screens.size(tensor.bytes)
-    return source, "->" if source and target else "", target, dtype, shape, size, tensor.why
+    return " -> ".join(names), dtype, shape, "" if tensor.dtype is None else screens.size(tensor.bytes), tensor.why
+
+
+def _without_empty(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    shown = [number for number in range(len(PLANNED)) if any(row[number] for row in rows)]
+    right = frozenset(place for place, number in enumerate(shown) if PLANNED[number] == "size")
+    return Table(
+        title, [PLANNED[number] for number in shown], [[row[number] for number in shown] for row in rows], right=right
+    )
 
 
 def serving_blocks(serving: Instructions) -> Iterator[Block]:

@@ -46,9 +46,16 @@ def inspect(screen: Screen, source: str, **arguments: Any) -> None:
 
 def blocks(found: Inspection, most: int | None = MOST_LINES) -> Iterator[Block]:
     """Say what a checkpoint is and why, what it holds, and what is odd about it."""
+    for block in _blocks(found, most):
+        if isinstance(block, Line) or block.rows:
+            yield block
+
+
+def _blocks(found: Inspection, most: int | None) -> Iterator[Block]:
     from speculators.plan import fold
 
-    yield Line(f"{found.source}: {found.summary}", style="bold")
+    yield Line(found.source, style="bold")
+    yield Line(found.summary)
     yield from _evidence(found, most)
     yield from (Line(f"broken plugin, not asked: {plugin}") for plugin in found.broken)
     yield from _format(found)
@@ -72,7 +79,7 @@ def blocks(found: Inspection, most: int | None = MOST_LINES) -> Iterator[Block]:
         yield Line(f"{held}, {found.parameters:,} parameters, {screens.size(found.bytes)}")
     yield Table("config", ("key", "value"), [(each.key, _shown(each.values)) for each in found.settings], joint=": ")
     yield Table("tensors", ("tensor",), [(line,) for line in fold(found.tensors, found.tensors)])
-    yield Table("quirks", ("",), [(quirk,) for quirk in found.quirks])
+    yield Table("quirks", ("what is unusual",), [(quirk,) for quirk in found.quirks])
     if found.evidence and found.algorithm:
         yield Line(f"What such checkpoints are like: speculators plugins page {found.algorithm}")
 
@@ -88,7 +95,7 @@ def _evidence(found: Inspection, most: int | None) -> Iterator[Block]:
         against += [("refused", line) for line in _cut(each.refused, most)]
         against += [("missing", line) for line in _cut(each.missing, most)]
         against += [("not in its table", line) for line in _cut(each.unmatched, most)]
-        yield Table(f"against {each.algorithm}", ("", ""), against, joint=": ")
+        yield Table(f"against {each.algorithm}", ("", "tensor"), against, joint=": ")
 
 
 def _verdict(evidence: Evidence) -> str:
@@ -115,10 +122,10 @@ def _format(found: Inspection) -> Iterator[Block]:
         ("made from", _listed(said.origin, said.origin.keys())),
         ("made by", _listed(said.converter, ("package", "package_version", "speculators", "dtype"))),
     ]
-    yield Table("speculators format", ("", ""), [row for row in rows if row[1]], joint=": ")
+    yield Table("speculators format", ("", "what it says"), [row for row in rows if row[1]], joint=": ")
     if said.findings == ():
         yield Line("Its tensors are those that config.json requires", style="green")
-    yield Table("what does not fit", ("",), [(finding,) for finding in said.findings or ()])
+    yield Table("what does not fit", ("what was found",), [(finding,) for finding in said.findings or ()])
 
 
 def _listed(said: Mapping[str, Any], keys: Iterable[str]) -> str:
