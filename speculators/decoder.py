@@ -86,12 +86,14 @@ RECOMPUTED_ROWS: tuple[Row, ...] = (
 """Buffers that older training code saves."""
 
 
+ROTARY_BASE = StatedAs(("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"))
+"""Where native configs state the base of the rotary embedding."""
+
+
 class DraftOptions(Options):
     """Options of every draft that is made of decoder layers."""
 
-    rope_theta: Annotated[
-        float | None, StatedAs("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta")
-    ] = Field(
+    rope_theta: Annotated[float | None, ROTARY_BASE] = Field(
         default=None, gt=0, description="Base of the rotary embedding used in training, when config.json is wrong."
     )
     use_verifier_embed_tokens: Annotated[bool, StatedAs()] = Field(

@@ -438,7 +438,7 @@ def _settings(config: Mapping[str, Any], blocks: tuple[str, ...], spec: Converte
     for key in keys:
         if key in flat and key not in blocks:
             values = stated_values(config, blocks, key) if key not in SAYING_THE_SAME else []
-            settings.append(Setting(key, tuple(values or [flat[key]])))
+            settings.append(Setting(key, tuple(map(_without_secrets, values or [flat[key]]))))
     return tuple(settings)
 
 
@@ -492,7 +492,16 @@ def _format(
 
 def _object(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = record.get(key)
-    return found if isinstance(found, Mapping) else {}
+    return _without_secrets(found) if isinstance(found, Mapping) else {}
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return what a stranger wrote with every URL in it redacted."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(each) for each in value]
+    return redacted_text(value) if isinstance(value, str) else value
 
 
 def _misfits(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], spec: ConverterSpec) -> list[str]:

@@ -143,14 +143,11 @@ class StatedAs:
     where a value has come from.
 
     Args:
-        *keys: Keys of the native config, in its nested blocks too; ``block.key`` for one in another block. None where
+        keys: Keys of the native config, in its nested blocks too; ``block.key`` for one in another block. None where
             no native config is asked.
     """
 
-    keys: tuple[str, ...]
-
-    def __init__(self, *keys: str) -> None:
-        object.__setattr__(self, "keys", keys)
+    keys: tuple[str, ...] = ()
 
 
 class Options(BaseModel):
