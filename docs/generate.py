@@ -103,7 +103,14 @@ family are like. `speculators plugins page NAME` prints the same page of any ins
 # The reference. Each heading is one name; what follows comes from the object itself.
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "What a plugin implements": ("hookimpl", "register_converter", "ConverterSpec", "Options", "SpeculatorConfig"),
+    "What a plugin implements": (
+        "hookimpl",
+        "register_converter",
+        "ConverterSpec",
+        "Options",
+        "StatedAs",
+        "SpeculatorConfig",
+    ),
     "The table": ("Table", "Row", "Rename", "Keep", "Shared", "Split", "Merge", "Drop", "Refuse", "Derive"),
     "What hooks are given": ("Context", "Checkpoint", "Verifier", "match", "Matching", "Match", "Rework", "TensorInfo"),
     "What hooks return": ("Facts", "Original", "Alternative", "Example", "Vllm"),
@@ -125,6 +132,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "What users call": (
         "convert_model",
         "ConversionResult",
+        "plan_conversion",
+        "PlannedConversion",
+        "inspect_model",
+        "Inspection",
         "validate_model",
         "export_model",
         "ExportResult",

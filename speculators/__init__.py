@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
+    from speculators.dry_run import PlannedConversion, plan_conversion
     from speculators.errors import (
         AlgorithmError,
         AlreadyConvertedError,
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     )
     from speculators.export import ExportResult, export_model
     from speculators.hookspecs import hookimpl
+    from speculators.inspection import Inspection, inspect_model
     from speculators.plan import Facts, match
     from speculators.registry import Registry
-    from speculators.spec import Alternative, Context, ConverterSpec, Example, Options, Original, Vllm
+    from speculators.spec import Alternative, Context, ConverterSpec, Example, Options, Original, StatedAs, Vllm
     from speculators.table import Derive, Drop, Keep, Merge, Refuse, Rename, Row, Shared, Split, Table
     from speculators.validation import validate_model
     from speculators.verifier import Verifier
@@ -53,6 +55,7 @@ _HOMES = {
     "Example": "spec",
     "ExportResult": "export",
     "Facts": "plan",
+    "Inspection": "inspection",
     "Keep": "table",
     "LayeredConfig": "config",
     "Merge": "table",
@@ -61,6 +64,7 @@ _HOMES = {
     "Options": "spec",
     "Original": "spec",
     "OutputError": "errors",
+    "PlannedConversion": "dry_run",
     "PluginError": "errors",
     "Refuse": "table",
     "Registry": "registry",
@@ -70,6 +74,7 @@ _HOMES = {
     "SpeculatorConfig": "config",
     "SpeculatorsError": "errors",
     "Split": "table",
+    "StatedAs": "spec",
     "Table": "table",
     "UnavailableError": "errors",
     "ValidationError": "errors",
@@ -78,7 +83,9 @@ _HOMES = {
     "convert_model": "convert",
     "export_model": "export",
     "hookimpl": "hookspecs",
+    "inspect_model": "inspection",
     "match": "plan",
+    "plan_conversion": "dry_run",
     "validate_model": "validation",
 }
 
@@ -97,6 +104,7 @@ __all__ = [
     "Example",
     "ExportResult",
     "Facts",
+    "Inspection",
     "Keep",
     "LayeredConfig",
     "Merge",
@@ -105,6 +113,7 @@ __all__ = [
     "Options",
     "Original",
     "OutputError",
+    "PlannedConversion",
     "PluginError",
     "Refuse",
     "Registry",
@@ -114,6 +123,7 @@ __all__ = [
     "SpeculatorConfig",
     "SpeculatorsError",
     "Split",
+    "StatedAs",
     "Table",
     "UnavailableError",
     "ValidationError",
@@ -124,7 +134,9 @@ __all__ = [
     "decoder",
     "export_model",
     "hookimpl",
+    "inspect_model",
     "match",
+    "plan_conversion",
     "validate_model",
 ]
 

@@ -86,6 +86,15 @@ class Conversion:
                 found[source] = (*found.get(source, ()), made.target)
         return found
 
+    @property
+    def completed(self) -> dict[str, str]:
+        """Output name → what it is completed with."""
+        return (
+            {made.target: made.why for made in self.derivations if not made.reworks}
+            | {each.target: f"the verifier's {each.role} was written" for each in self.completions}
+            | {name: f"the verifier's {role} is used" for name, role in self.from_verifier.items()}
+        )
+
 
 @dataclass(frozen=True)
 class ConversionResult:
@@ -167,30 +176,29 @@ def convert_model(
         SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
             then as it was before.
     """
-    target = local_path(output_path)
-    target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
-    places = (parse(model), parse(verifier))
-    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
-    shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
-    if validate:
-        from speculators.validation import check, require_level
-
-        require_level(validate_level)
     registry = registry or Registry()
-    require_dtype(dtype)
-    if algorithm != AUTO:
-        parse_options(registry.get(algorithm), algorithm_kwargs)
+    target, shard_size = check_arguments(
+        model,
+        verifier,
+        algorithm=algorithm,
+        output_path=output_path,
+        validate_level=validate_level if validate else None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        registry=registry,
+        algorithm_kwargs=algorithm_kwargs,
+    )
     access = Access(token, cache_dir, offline, progress)
     report = None
     with output.staged(target, overwrite) as folder:
         source, base = Checkpoint.at(model, access), Verifier(verifier, access)
         require_native(source)
         if validate and source.place.local is None:
-            _require_device(validate_device)  # of local files, checksums are computed while this imports torch
+            require_device(validate_device)  # of local files, checksums are computed while this imports torch
         source.fetch()
         with verifying(source) as verified:
             if validate:
-                _require_device(validate_device)
+                require_device(validate_device)
             conversion = prepare(
                 source,
                 base,
@@ -206,6 +214,8 @@ def convert_model(
             with output.writing(target):
                 write(conversion, folder, verified, max_shard_size=shard_size, progress=progress)
         if validate:
+            from speculators.validation import check
+
             progress("validating", 0, 0)
             report = check(
                 Checkpoint(folder),
@@ -226,13 +236,46 @@ def convert_model(
         renamed=conversion.renamed,
         reworked=conversion.reworked,
         dropped=conversion.dropped,
-        completed={made.target: made.why for made in conversion.derivations if not made.reworks}
-        | {each.target: f"the verifier's {each.role} was written" for each in conversion.completions}
-        | {name: f"the verifier's {role} is used" for name, role in conversion.from_verifier.items()},
+        completed=conversion.completed,
         notes=conversion.notes,
         serving=serving,
         validation=report,
     )
+
+
+def check_arguments(
+    model: str | Path,
+    verifier: str | Path,
+    *,
+    algorithm: str,
+    output_path: str | Path,
+    validate_level: str | None,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    registry: Registry,
+    algorithm_kwargs: dict[str, Any],
+) -> tuple[Path, int | None]:
+    """Refuse what no conversion can be asked for, before anything is read; the arguments are `convert_model`'s.
+
+    Returns:
+        The folder to write, and the most bytes of tensors per file, if that was asked for.
+
+    Raises:
+        SpeculatorsError: An argument is wrong by itself.
+    """
+    target = local_path(output_path)
+    target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
+    places = (parse(model), parse(verifier))
+    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
+    shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
+    if validate_level is not None:
+        from speculators.validation import require_level
+
+        require_level(validate_level)
+    require_dtype(dtype)
+    if algorithm != AUTO:
+        parse_options(registry.get(algorithm), algorithm_kwargs)
+    return target, shard_size
 
 
 @contextmanager
@@ -281,7 +324,12 @@ def require_dtype(dtype: str | None) -> None:
         raise OptionError(f"dtype {dtype!r} is none of {known}")
 
 
-def _require_device(name: str) -> None:
+def require_device(name: str) -> None:
+    """Refuse a device on which nothing can be run; imports torch.
+
+    Raises:
+        OptionError: It is one.
+    """
     from speculators.draft import find_device
 
     find_device(name)
@@ -405,7 +453,7 @@ def write(
     Raises:
         CheckpointError: The source was changed meanwhile.
     """
-    payloads = list(_payloads(conversion))
+    payloads = list(payloads_of(conversion))
     total, done = sum(payload.info.nbytes for payload in payloads), 0
 
     def report(count: int) -> None:
@@ -420,7 +468,13 @@ def write(
     writer.write_text(folder, output.PROVENANCE_FILE, record)
 
 
-def _payloads(conversion: Conversion) -> Iterator[Payload]:
+def payloads_of(conversion: Conversion) -> Iterator[Payload]:
+    """Yield every tensor that a conversion writes; its bytes are read or made when they are asked for.
+
+    Raises:
+        PluginError: An operation of the table fails; perhaps only while bytes are asked for.
+        CheckpointError: A value cannot be cast; only while bytes are asked for.
+    """
     source, weights = conversion.context.source, conversion.context.verifier.weights
     asked = conversion.context.dtype
     for move in conversion.moves:

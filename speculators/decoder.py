@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
@@ -35,7 +35,7 @@ from speculators.rope import (
     rope_parameters,
     serving_positions,
 )
-from speculators.spec import Alternative, Context, Example, Options
+from speculators.spec import Alternative, Context, Example, Options, StatedAs
 from speculators.table import Drop, Refuse, Rename, Row, Table
 from speculators.verifier import Verifier
 from speculators.weights import TensorInfo
@@ -45,6 +45,17 @@ DEFAULT_POSITIONS = 2048
 
 CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 """Keys that no forward reads and that travel along when the native config has them."""
+
+CONFIG_KEYS = {
+    "H": "hidden_size",
+    "I": "intermediate_size",
+    "V": "vocab_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "L": "num_hidden_layers",
+}
+"""Symbol → the key under which native configs state it."""
 
 UNSUPPORTED_ROWS: tuple[Row, ...] = (
     Refuse(
@@ -75,13 +86,17 @@ RECOMPUTED_ROWS: tuple[Row, ...] = (
 """Buffers that older training code saves."""
 
 
+ROTARY_BASE = StatedAs(("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"))
+"""Where native configs state the base of the rotary embedding."""
+
+
 class DraftOptions(Options):
     """Options of every draft that is made of decoder layers."""
 
-    rope_theta: float | None = Field(
+    rope_theta: Annotated[float | None, ROTARY_BASE] = Field(
         default=None, gt=0, description="Base of the rotary embedding used in training, when config.json is wrong."
     )
-    use_verifier_embed_tokens: bool = Field(
+    use_verifier_embed_tokens: Annotated[bool, StatedAs()] = Field(
         default=False, description="Leave the draft's own embed_tokens out, for exports that saved untrained ones."
     )
 

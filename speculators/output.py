@@ -152,6 +152,31 @@ def check_replaceable(path: Path, overwrite: bool, name: Path | None = None) -> 
         )
 
 
+def check_writable(path: Path, overwrite: bool) -> None:
+    """Refuse, without changing anything, a place in which `staged` could not put an output.
+
+    Whether another run writes to it just now is not looked at.
+
+    Raises:
+        OutputError: Something would be lost, or nothing can be written there.
+    """
+    with writing(path):
+        work = work_folder(path)
+        _require_folder(work)
+        old = work / OLD
+        returns = old.exists() and _returns(work, path)
+        check_replaceable(old if returns else path, overwrite, path)
+        missing = [path.absolute(), *_missing_parents(path)] if not path.exists() else []
+        parent = missing[-1].parent if missing else path.absolute().parent
+        if not parent.is_dir() or (missing and missing[-1].is_symlink()):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        for each in missing:
+            with suppress(FileNotFoundError):
+                (parent / each.name).lstat()  # or the filesystem says that it can have no such name
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Say what kept an output from being written.
@@ -228,8 +253,7 @@ def _workplace(path: Path) -> Iterator[Path]:
 def _hold(work: Path, path: Path) -> BaseFileLock:
     """Make a hidden folder, if it is not there, and have it for this run alone."""
     for _ in range(ATTEMPTS):
-        if work.is_symlink() or (work.exists() and not work.is_dir()):
-            raise OutputError(f"{work} is no folder, and a conversion writes there what is not complete; remove it")
+        _require_folder(work)
         try:
             work.mkdir(parents=True, exist_ok=True)
             return locks.take(work, PATIENCE)
@@ -246,6 +270,26 @@ def _hold(work: Path, path: Path) -> BaseFileLock:
     raise OutputError(f"other conversions to {path} come and go; try again, or choose another --output-path")
 
 
+def _require_folder(work: Path) -> None:
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise OutputError(f"{work} is no folder, and a conversion writes there what is not complete; remove it")
+
+
+def _returns(work: Path, path: Path) -> bool:
+    """Tell whether the previous output that a dead run moved aside belongs in its place again.
+
+    Raises:
+        OutputError: Something else is in its place.
+    """
+    if not (work / NEW).exists() and path.exists():
+        return False  # the new one was put in its place, so this one is of no use
+    if _is_filled(path):
+        raise OutputError(
+            f"{path} should hold the previous output, which is in {work / OLD}; move one of them away first"
+        )
+    return True
+
+
 def _settle(work: Path, path: Path) -> None:
     """Bring what a run did to an end, or back, and remove what it wrote; a previous output is never removed for it.
 
@@ -256,13 +300,11 @@ def _settle(work: Path, path: Path) -> None:
     """
     new, old = work / NEW, work / OLD
     if old.exists():
-        if not new.exists() and path.exists():
-            old.rename(new)  # the new one was put in its place, so this one is of no use
-        elif _is_filled(path):
-            raise OutputError(f"{path} should hold the previous output, which is in {old}; move one of them away first")
-        else:
+        if _returns(work, path):
             old.rename(path)
             _sync_names(path.parent)
+        else:
+            old.rename(new)
         _sync_names(work)
     if new.exists():
         shutil.rmtree(new)

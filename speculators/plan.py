@@ -369,7 +369,7 @@ class _Builder:
     def finish(self) -> Plan:
         matching = self.matching
         if matching.refused:
-            return Plan(findings=tuple(f"{why} ({names})" for why, names in _by_reason(matching.refused).items()))
+            return Plan(findings=tuple(f"{why} ({names})" for why, names in by_reason(matching.refused).items()))
         findings = list(matching.doubled)
         findings += [f"{line}: matches no row of the table" for line in fold(matching.unmatched, self.tensors)]
         if not self.unknown:
@@ -403,7 +403,8 @@ class _Builder:
         return f"is outside {row.name}" + (f" with {known}" if known else "")
 
 
-def _by_reason(refused: Mapping[str, str]) -> dict[str, str]:
+def by_reason(refused: Mapping[str, str]) -> dict[str, str]:
+    """Turn name → reason into reason → the first of the names, and how many more there are."""
     grouped: dict[str, list[str]] = {}
     for name, why in refused.items():
         grouped.setdefault(why, []).append(name)

@@ -103,7 +103,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -135,6 +135,21 @@ Config = TypeVar("Config", bound=SpeculatorConfig, default=Any)
 """The output type of a spec."""
 
 
+@dataclass(frozen=True)
+class StatedAs:
+    """Where a native config states what an option is for; an annotation of the option's field.
+
+    An option counts as stated by a key of its own name unless it says otherwise. ``convert --dry-run`` tells by it
+    where a value has come from.
+
+    Args:
+        keys: Keys of the native config, in its nested blocks too; ``block.key`` for one in another block. None where
+            no native config is asked.
+    """
+
+    keys: tuple[str, ...] = ()
+
+
 class Options(BaseModel):
     """An algorithm's keyword arguments: subclass it and add fields with descriptions.
 
@@ -147,7 +162,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    speculative_tokens: int | None = Field(
+    speculative_tokens: Annotated[int | None, StatedAs()] = Field(
         default=None,
         ge=1,
         le=MOST_DRAFT_TOKENS,
@@ -196,19 +211,14 @@ class Context:
 
         Keys that are null count as missing. Values are as the file has them, of any type: check those that are used.
         """
-        return _flatten(self.source.config, self.nested)
+        return flatten(self.source.config, self.nested)
 
     def stated(self, key: str) -> list[Any]:
         """List the different values that the native config and its nested blocks give for a key, its own first.
 
         More than one is a contradiction that only the user can settle.
         """
-        config = self.source.config
-        values: list[Any] = []
-        for block in [config, *(config[name] for name in self.nested if isinstance(config.get(name), Mapping))]:
-            if block.get(key) is not None and block[key] not in values:
-                values.append(block[key])
-        return values
+        return stated_values(self.source.config, self.nested, key)
 
     @property
     def draft_dtype(self) -> str:
@@ -257,11 +267,21 @@ class Context:
         }
 
 
-def _flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+def stated_values(config: Mapping[str, Any], blocks: tuple[str, ...], key: str) -> list[Any]:
+    """List the different values that a config and its nested ``blocks`` give for a key, its own first."""
+    values: list[Any] = []
+    for block in [config, *(config[name] for name in blocks if isinstance(config.get(name), Mapping))]:
+        if block.get(key) is not None and block[key] not in values:
+            values.append(block[key])
+    return values
+
+
+def flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+    """Return a config with the keys of its nested ``blocks`` beside its own, which win; null counts as missing."""
     flat: dict[str, Any] = {}
     for block in reversed(blocks):
         if isinstance(config.get(block), Mapping):
-            flat |= _flatten(config[block], blocks)
+            flat |= flatten(config[block], blocks)
     return flat | {key: value for key, value in config.items() if value is not None}
 
 

@@ -26,7 +26,7 @@ from speculators.registry import Registry
 from speculators.sources import Access
 from speculators.table import Table
 from speculators.verifier import Verifier
-from speculators.weights import pieces
+from speculators.weights import TensorInfo, pieces
 
 if TYPE_CHECKING:
     from speculators.acceptance import Acceptance, Continuation
@@ -288,10 +288,7 @@ class _Output:
 def check_structure(output: _Output) -> Check:
     """Compare names, shapes and dtypes in the headers with config, table and verifier; needs no torch."""
     tensors, config, spec, verifier = output.converted.tensors, output.config, output.spec, output.verifier
-    table = Table(tuple(row.as_output() for row in spec.table.moving))
-    facts = Facts(dict(spec.dims(config)), spec.parts(config))
-    planned = plan(table, tensors, match(table, tensors), facts, verifier.shapes)
-    findings = [*planned.findings, *(f"{name} has no place: {why}" for name, why in planned.dropped.items())]
+    findings = compare_tensors(tensors, spec, config, verifier.shapes)
     said, _ = stated(spec, config)
     theirs = {"vocab_size": verifier.vocab_size, "target_hidden_size": verifier.hidden_size}
     findings += [
@@ -305,6 +302,26 @@ def check_structure(output: _Output) -> Check:
     findings = findings or spec.inspect(output.converted, config)
     detail = f"{len(tensors)} tensors with the names, shapes and dtypes that config.json requires"
     return Check("structure", not findings, "; ".join(findings) or detail)
+
+
+def compare_tensors(
+    tensors: Mapping[str, TensorInfo],
+    spec: ConverterSpec,
+    config: SpeculatorConfig,
+    verifier_shapes: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Compare an output's tensors with those that its config requires; returns a line for each thing that is wrong.
+
+    Args:
+        tensors: What its headers say.
+        spec: The algorithm that reads it.
+        config: Its config.
+        verifier_shapes: Shapes of the verifier's shareable tensors by their role in `Shared`.
+    """
+    table = Table(tuple(row.as_output() for row in spec.table.moving))
+    facts = Facts(dict(spec.dims(config)), spec.parts(config))
+    planned = plan(table, tensors, match(table, tensors), facts, verifier_shapes)
+    return [*planned.findings, *(f"{name} has no place: {why}" for name, why in planned.dropped.items())]
 
 
 def check_forward(output: _Output, conversion: Conversion | None, device: str) -> list[Check]:

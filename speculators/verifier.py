@@ -101,10 +101,9 @@ class Verifier:
         """
         from transformers import AutoModelForCausalLM
 
-        if self.weights is None:
-            raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
+        weights = self.require_weights()
         try:
-            with quiet_transformers(), self.weights.gathered() as folder:
+            with quiet_transformers(), weights.gathered() as folder:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder, dtype="auto", trust_remote_code=False, weights_only=True
                 )
@@ -135,6 +134,16 @@ class Verifier:
     def has_tokenizer(self) -> bool:
         """Tell whether a tokenizer lies beside its config."""
         return any(self.checkpoint.place.has(name) for name in TOKENIZER_FILES)
+
+    def require_weights(self) -> Checkpoint:
+        """Return the verifier's checkpoint with its weights.
+
+        Raises:
+            CheckpointError: It holds none.
+        """
+        if self.weights is None:
+            raise CheckpointError(f"the verifier {self.name} holds no weights; acceptance needs the whole model")
+        return self.weights
 
     def find(self, role: str) -> str | None:
         """Name the tensor that plays ``role``; ``None`` when there is none, or no weights at all.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -70,6 +70,48 @@ def write_bytes(folder: Path, name: str, data: bytes) -> dict[str, Digest]:
     return {name: digests.of_bytes(data)}
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """Which files hold which tensors.
+
+    Attributes:
+        files: Name of each weight file → its tensors, in the order in which they lie there.
+        index: Content of the index that says so; empty where one file holds all.
+    """
+
+    files: Mapping[str, Sequence[Payload]]
+    index: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name → bytes of every file, the index among them."""
+        sizes = {
+            name: len(_header(held)) + sum(payload.info.nbytes for payload in held) for name, held in self.files.items()
+        }
+        return sizes | ({INDEX_FILE: len(self.index.encode())} if self.index else {})
+
+
+def arrange(payloads: Iterable[Payload], max_shard_size: int | None = None) -> Arrangement:
+    """Divide tensors among files, as `write_safetensors` does it; reads none of them."""
+    ordered = {
+        payload.name: payload
+        for payload in sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
+    }
+    if max_shard_size is None or not ordered:
+        return Arrangement({WEIGHTS_FILE: list(ordered.values())})
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        ordered,
+        get_storage_size=lambda payload: payload.info.nbytes,
+        filename_pattern=SHARD_FILE,
+        max_shard_size=max_shard_size,
+    )
+    files = {name: [ordered[tensor] for tensor in held] for name, held in split.filename_to_tensors.items()}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    return Arrangement(files, json.dumps(index, indent=2, sort_keys=True) + "\n" if split.is_sharded else "")
+
+
 def write_safetensors(
     folder: Path, payloads: Iterable[Payload], *, max_shard_size: int | None = None, report: Report = _unheard
 ) -> dict[str, Digest]:
@@ -87,31 +129,13 @@ def write_safetensors(
     Returns:
         The digest of each file that was written, by its name.
     """
-    ordered = {
-        payload.name: payload
-        for payload in sorted(payloads, key=lambda payload: (-dtypes.SIZES[payload.info.dtype], payload.name))
-    }
-    if max_shard_size is None or not ordered:
-        return {WEIGHTS_FILE: _write_file(folder / WEIGHTS_FILE, list(ordered.values()), report)}
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        ordered,
-        get_storage_size=lambda payload: payload.info.nbytes,
-        filename_pattern=SHARD_FILE,
-        max_shard_size=max_shard_size,
-    )
-    written = {
-        name: _write_file(folder / name, [ordered[tensor] for tensor in held], report)
-        for name, held in split.filename_to_tensors.items()
-    }
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        written |= write_text(folder, INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return written
+    arranged = arrange(payloads, max_shard_size)
+    written = {name: _write_file(folder / name, held, report) for name, held in arranged.files.items()}
+    return written | (write_text(folder, INDEX_FILE, arranged.index) if arranged.index else {})
 
 
-def _write_file(path: Path, payloads: list[Payload], report: Report) -> Digest:
+def _header(payloads: Sequence[Payload]) -> bytes:
+    """Return all that a safetensors file holds before the first byte of a tensor."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for payload in payloads:
@@ -124,6 +148,10 @@ def _write_file(path: Path, payloads: list[Payload], report: Report) -> Digest:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_file(path: Path, payloads: Sequence[Payload], report: Report) -> Digest:
     with (
         path.open("wb", buffering=0) as file,
         digests.following(path) as (follow, digest),
@@ -134,7 +162,7 @@ def _write_file(path: Path, payloads: list[Payload], report: Report) -> Digest:
             follow(count)
             syncing(count)
 
-        follow(_write(file, struct.pack("<Q", len(text)) + text))
+        follow(_write(file, _header(payloads)))
         for payload in payloads:
             _write_tensor(file, payload, written)
         return digest()

@@ -10,6 +10,7 @@ import click
 import speculators
 from speculators.cli.convert import convert
 from speculators.cli.export import export
+from speculators.cli.inspect import inspect
 from speculators.cli.plugins import plugins
 from speculators.cli.running import Group
 from speculators.cli.validate import validate
@@ -29,7 +30,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-for command in (convert, validate, export, plugins):
+for command in (convert, validate, inspect, export, plugins):
     cli.add_command(command)
 
 _single = copy(plugins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from speculators.registry import AUTO
 
 if TYPE_CHECKING:
     from speculators.convert import ConversionResult
+    from speculators.dry_run import PlannedConversion, PlannedTensor
     from speculators.registry import Algorithm
     from speculators.serving import Instructions
 
@@ -50,6 +51,7 @@ ARGUMENTS = frozenset(
         speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
         speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
         speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
+        speculators convert ./head --verifier ./base --dry-run
         speculators convert --list-algorithms
         """
     )
@@ -80,6 +82,7 @@ ARGUMENTS = frozenset(
 @click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
 @click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, tensor by tensor, and write nothing.")
 @reaching
 @click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
 @screens.manners
@@ -88,6 +91,7 @@ def convert(
     model: str | None,
     verifier: str | None,
     algorithm_kwargs: dict[str, Any],
+    dry_run: bool,
     list_algorithms: bool,
     **arguments: Any,
 ) -> None:
@@ -103,6 +107,13 @@ def convert(
     if verifier is None:
         raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
     refuse_clashes(algorithm_kwargs, ARGUMENTS)
+    if dry_run:
+        from speculators.dry_run import plan_conversion
+
+        with screen.progress() as progress:
+            planned = plan_conversion(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
+        screen.show("plan/1", planned.to_dict(), plan_blocks(planned))
+        return
     from speculators.convert import convert_model
 
     with screen.progress() as progress:
@@ -135,6 +146,64 @@ def blocks(result: ConversionResult) -> Iterator[Block]:
     yield Line(f"Wrote {result.output_path}")
     if result.serving is not None:
         yield from serving_blocks(result.serving)
+
+
+def plan_blocks(planned: PlannedConversion) -> Iterator[Block]:
+    """Say what would be done with each tensor, with which options, and what would be written."""
+    yield Line(f"Would convert {planned.source} with {planned.algorithm} ({planned.package})", style="bold")
+    options = [(option.name, json.dumps(option.value), option.origin) for option in planned.options]
+    yield Table("options", ("option", "value", "from"), options)
+    for fate, titled in FATES.items():
+        if rows := [_planned(tensor) for tensor in planned.tensors if tensor.fate == fate]:
+            yield _without_empty(titled, rows)
+    yield from (Line(f"note: {note}") for note in planned.notes)
+    yield Table(
+        "files",
+        ("file", "size", "holds"),
+        [
+            (file.name, screens.size(file.bytes), screens.count(file.tensors, "tensor") if file.tensors else "")
+            for file in planned.files
+        ],
+        right=frozenset({1}),
+    )
+    yield Line("config.json:", style="bold")
+    yield Line(planned.config.rstrip("\n"))
+    total = sum(file.bytes for file in planned.files)
+    written = screens.count(sum(file.tensors for file in planned.files), "tensor")
+    yield Line(f"Nothing was written. {planned.output_path} would hold {written} in {screens.size(total)}")
+
+
+FATES = {
+    "renamed": "renamed",
+    "kept": "kept",
+    "cut": "cut",
+    "joined": "joined",
+    "made": "made",
+    "completed": "written from the verifier",
+    "left to the verifier": "left to the verifier",
+    "dropped": "left out",
+}
+"""Fate of a tensor → the title of the table of those that share it."""
+
+PLANNED = ("tensor", "dtype", "shape", "size", "why")
+"""Columns of these tables, of which those are shown that are not empty."""
+
+
+def _planned(tensor: PlannedTensor) -> tuple[str, ...]:
+    target = [] if tensor.target is None else [tensor.target]
+    names = dict.fromkeys(name for name in (", ".join(tensor.sources), *target) if name)  # once where it is kept
+    cast = tensor.stored is not None and tensor.dtype not in (None, tensor.stored)
+    dtype = f"{tensor.stored}->{tensor.dtype}" if cast else tensor.dtype or tensor.stored or ""
+    shape = "" if tensor.shape is None else f"[{', '.join(map(str, tensor.shape))}]"
+    return " -> ".join(names), dtype, shape, "" if tensor.dtype is None else screens.size(tensor.bytes), tensor.why
+
+
+def _without_empty(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    shown = [number for number in range(len(PLANNED)) if any(row[number] for row in rows)]
+    right = frozenset(place for place, number in enumerate(shown) if PLANNED[number] == "size")
+    return Table(
+        title, [PLANNED[number] for number in shown], [[row[number] for number in shown] for row in rows], right=right
+    )
 
 
 def serving_blocks(serving: Instructions) -> Iterator[Block]:
