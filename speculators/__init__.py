@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
+    from speculators.difference import Difference, diff_models
     from speculators.errors import (
         AlgorithmError,
         AlreadyConvertedError,
@@ -48,6 +49,7 @@ _HOMES = {
     "ConverterSpec": "spec",
     "DecoderLayerConfig": "config",
     "Derive": "table",
+    "Difference": "difference",
     "Drop": "table",
     "Example": "spec",
     "Facts": "plan",
@@ -74,6 +76,7 @@ _HOMES = {
     "Verifier": "verifier",
     "Vllm": "spec",
     "convert_model": "convert",
+    "diff_models": "difference",
     "hookimpl": "hookspecs",
     "match": "plan",
     "validate_model": "validation",
@@ -90,6 +93,7 @@ __all__ = [
     "ConverterSpec",
     "DecoderLayerConfig",
     "Derive",
+    "Difference",
     "Drop",
     "Example",
     "Facts",
@@ -118,6 +122,7 @@ __all__ = [
     "__version__",
     "convert_model",
     "decoder",
+    "diff_models",
     "hookimpl",
     "match",
     "validate_model",

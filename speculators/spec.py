@@ -196,7 +196,7 @@ class Context:
 
         Keys that are null count as missing. Values are as the file has them, of any type: check those that are used.
         """
-        return _flatten(self.source.config, self.nested)
+        return flatten(self.source.config, self.nested)
 
     def stated(self, key: str) -> list[Any]:
         """List the different values that the native config and its nested blocks give for a key, its own first.
@@ -257,11 +257,12 @@ class Context:
         }
 
 
-def _flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+    """Return a config with the keys of the named blocks beside its own, which win; without keys that are null."""
     flat: dict[str, Any] = {}
     for block in reversed(blocks):
         if isinstance(config.get(block), Mapping):
-            flat |= _flatten(config[block], blocks)
+            flat |= flatten(config[block], blocks)
     return flat | {key: value for key, value in config.items() if value is not None}
 
 

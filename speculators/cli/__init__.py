@@ -9,6 +9,7 @@ import click
 
 import speculators
 from speculators.cli.convert import convert
+from speculators.cli.diff import diff
 from speculators.cli.plugins import plugins
 from speculators.cli.running import Group
 from speculators.cli.validate import validate
@@ -28,7 +29,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-for command in (convert, validate, plugins):
+for command in (convert, validate, diff, plugins):
     cli.add_command(command)
 
 _single = copy(plugins)
