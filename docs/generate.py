@@ -122,7 +122,15 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "ValidationError",
     ),
     "Tests": ("testing",),
-    "What users call": ("convert_model", "ConversionResult", "validate_model", "Registry", "__version__"),
+    "What users call": (
+        "convert_model",
+        "ConversionResult",
+        "validate_model",
+        "diff_models",
+        "Difference",
+        "Registry",
+        "__version__",
+    ),
 }
 """Heading → names below it."""
 

@@ -15,7 +15,7 @@ from speculators.comparing import Numbers, measure, same_bytes
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import AlgorithmError, CheckpointError, MismatchError, OptionError, PluginError
 from speculators.pairing import Couple, Shelf, Standard
-from speculators.plan import match, plan
+from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import AUTO, Algorithm, Registry
 from speculators.sources import Access
@@ -26,9 +26,10 @@ from speculators.weights import TensorInfo
 EQUAL, BYTES, DTYPE, SHAPE, ONLY_A, ONLY_B = "equal", "bytes", "dtype", "shape", "only_a", "only_b"
 """What is to be said of a tensor in A and its counterpart in B: the first of these in which they differ, if they do."""
 
-EVERYTHING, SHARED, EXPECTED = "everything", "shared", "expected"
-"""What is compared of two configs: every key; settings that both state, where one is native and one converted; or what
-a conversion would write now with what B, or A, says."""
+EVERYTHING, SHARED, EXPECTED, UNTOLD = "everything", "shared", "expected", "untold"
+"""What is compared of two configs: every key; settings that both state, where one is native and one converted; what
+a conversion would write now with what was written; or settings that both state, as that was asked for and cannot be
+told, which is a difference."""
 
 DEEPEST = 64
 """How deep blocks and lists of a config lie in others, at most."""
@@ -58,8 +59,9 @@ class ConfigDifference:
     """How two configs differ. Paths lead into nested blocks, as in ``rope_parameters.rope_theta``.
 
     Attributes:
-        compared: ``"everything"``; ``"shared"`` where one is native and one converted: the settings that both state; or
-            ``"expected"``: what a conversion would write against what was written.
+        compared: ``"everything"``; ``"shared"`` where one is native and one converted: the settings that both state;
+            ``"expected"``: what a conversion would write against what was written; or ``"untold"``: the settings that
+            both state, because no conversion with the verifier that was named is possible.
         same: How many settings are the same.
         different: Path → values in A and in B.
         only_a: Path → value, of those that only A has.
@@ -77,7 +79,8 @@ class ConfigDifference:
     @property
     def equal(self) -> bool:
         """Whether nothing differs that is not explained."""
-        return not (self.different.keys() - self.explained.keys() or self.only_a or self.only_b)
+        contradicted = self.different.keys() - self.explained.keys() or self.only_a or self.only_b
+        return not contradicted and self.compared != UNTOLD
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,8 @@ class _Question:
         if self.conversion is None:
             tables = [algorithm.spec.table if algorithm else None for algorithm in self.algorithms]
             if not self.converted[0]:
+                if self.verifier is not None:
+                    self.notes.append("both are native, so that nothing was compared with the verifier")
                 return pairing.of_natives(a, b, *tables)
             standard = self._standard(a.checkpoint, self.algorithms[0])
             return pairing.of_outputs(a, b, standard) if standard else pairing.by_name(a, b)
@@ -300,7 +305,7 @@ class _Question:
                 {path: ours[path] for path in ours if path in theirs},
                 {path: theirs[path] for path in ours.keys() & theirs},
             )
-            compared = SHARED
+            compared = SHARED if self.verifier is None else UNTOLD
         difference = _compare(compared, *(sides[self.conversion.index(side)] for side in (0, 1)))
         return difference if compared == EXPECTED else replace(difference, explained=_explain(*sides))
 
@@ -343,7 +348,7 @@ class _Question:
             config = spec.config.read(output.config)
             parts = frozenset(spec.parts(config))
             return replace(standard, parts=parts, shapes=spec.table.shapes(spec.dims(config), parts))
-        except CheckpointError as error:
+        except (CheckpointError, PluginError) as error:
             self.notes.append(f"the config of {output.name} is not what {spec.name} writes: {error}")
         except (KeyError, ValueError) as error:
             self.notes.append(f"the config of {output.name} does not tell the sizes of its tensors: {error}")
@@ -377,7 +382,7 @@ class _Question:
             require_dtype(dtype)
             matching = match(spec.table, native.tensors)
             context = Context(native, self.verifier, options, matching, dtype, spec.nested)
-            facts = spec.examine(context)
+            facts = Facts({}) if matching.refused else spec.examine(context)
             if findings := plan(spec.table, native.tensors, matching, facts, self.verifier.shapes).findings:
                 raise MismatchError(f"{native.name} cannot be converted as {spec.name!r} with this verifier:", findings)
             config, _ = spec.configure(context, facts)

@@ -99,23 +99,25 @@ def _summary(found: Difference) -> str:
     settings = len(config.different.keys() - config.explained.keys()) + len(config.only_a) + len(config.only_b)
     tensors = sum(not each.equal for each in found.tensors)
     counted = ((settings, "setting"), (tensors, "tensor"))
-    return ", ".join(screens.count(number, noun) for number, noun in counted if number)
+    said = [screens.count(number, noun) for number, noun in counted if number]
+    return ", ".join([*said, *(["no conversion with this verifier"] if config.compared == "untold" else [])])
 
 
 COMPARED = {
-    "everything": ("{} are the same", "settings that differ"),
-    "shared": ("{} that both state are the same; --verifier compares all", "settings that differ"),
-    "expected": ("{} are what a conversion writes", "settings that are not what a conversion writes"),
+    "everything": ("settings are the same", "settings that differ"),
+    "shared": ("settings that both state are the same; --verifier compares all", "settings that differ"),
+    "untold": ("settings that both state are the same", "settings that differ"),
+    "expected": ("settings are what a conversion writes", "settings that are not what a conversion writes"),
 }
 """What was compared of two configs → what to say of the settings that are the same, and of the others."""
 
 
 def _config_blocks(config: ConfigDifference, converted: tuple[bool, bool]) -> Iterator[Block]:
     said, title = COMPARED[config.compared]
-    yield Line(f"config: {said.format(screens.count(config.same, 'setting'))}")
     rows = [(path, _value(a), _value(b), config.explained.get(path, "")) for path, (a, b) in config.different.items()]
     rows += [(path, _value(value), ABSENT, "") for path, value in config.only_a.items()]
     rows += [(path, ABSENT, _value(value), "") for path, value in config.only_b.items()]
+    yield Line(f"config: {config.same} of {config.same + len(rows)} {said}")
     sides = ["found" if each else "expected" for each in converted] if config.compared == "expected" else ["A", "B"]
     yield Table(title, ("setting", *sides, ""), rows)
 
