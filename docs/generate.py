@@ -139,6 +139,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "validate_model",
         "export_model",
         "ExportResult",
+        "diff_models",
+        "Difference",
         "Registry",
         "__version__",
     ),

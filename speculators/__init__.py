@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
+    from speculators.difference import Difference, diff_models
     from speculators.dry_run import PlannedConversion, plan_conversion
     from speculators.errors import (
         AlgorithmError,
@@ -51,6 +52,7 @@ _HOMES = {
     "ConverterSpec": "spec",
     "DecoderLayerConfig": "config",
     "Derive": "table",
+    "Difference": "difference",
     "Drop": "table",
     "Example": "spec",
     "ExportResult": "export",
@@ -82,6 +84,7 @@ _HOMES = {
     "Vllm": "spec",
     "convert_model": "convert",
     "export_model": "export",
+    "diff_models": "difference",
     "hookimpl": "hookspecs",
     "inspect_model": "inspection",
     "match": "plan",
@@ -100,6 +103,7 @@ __all__ = [
     "ConverterSpec",
     "DecoderLayerConfig",
     "Derive",
+    "Difference",
     "Drop",
     "Example",
     "ExportResult",
@@ -132,6 +136,7 @@ __all__ = [
     "__version__",
     "convert_model",
     "decoder",
+    "diff_models",
     "export_model",
     "hookimpl",
     "inspect_model",

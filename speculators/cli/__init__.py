@@ -9,6 +9,7 @@ import click
 
 import speculators
 from speculators.cli.convert import convert
+from speculators.cli.diff import diff
 from speculators.cli.export import export
 from speculators.cli.inspect import inspect
 from speculators.cli.plugins import plugins
@@ -30,7 +31,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-for command in (convert, validate, inspect, export, plugins):
+for command in (convert, validate, inspect, diff, export, plugins):
     cli.add_command(command)
 
 _single = copy(plugins)
