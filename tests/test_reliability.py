@@ -55,7 +55,12 @@ def test_the_same_head_is_converted_when_nothing_is_wrong(place: Workplace) -> N
     result = CliRunner().invoke(cli, ["convert", "head", "--verifier", "base", "--output-path", "out", "--overwrite"])
 
     assert result.exit_code == 0, result.output
-    assert sorted(contents(place.folder / "out")) == ["config.json", "model.safetensors", "provenance.json"]
+    assert sorted(contents(place.folder / "out")) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
 
 
 def table(page: str, name: str) -> list[list[str]]:
