@@ -119,6 +119,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "OptionError",
         "PluginError",
         "OutputError",
+        "PublishError",
+        "UploadError",
         "ValidationError",
     ),
     "Tests": ("testing",),

@@ -243,7 +243,7 @@ class Destination:
             while isinstance(error, RuntimeError) and error.__cause__ is not None:
                 error = error.__cause__  # which file it was does not matter
             if isinstance(error, errors.HfHubHTTPError):
-                raise self._refused(error) from None
+                raise self._refused(error, by_storage=error is not raised) from None
             if isinstance(error, (http_error(), ConnectionError)):
                 raise TransientError(reason(error)) from None
             if isinstance(error, (KeyError, TypeError, AttributeError)):
@@ -252,8 +252,10 @@ class Destination:
                 ) from raised
             raise UploadError(f"pushing to {self.name} failed: {redacted_text(described(error))}") from raised
 
-    def _refused(self, error: Any) -> Exception:
+    def _refused(self, error: Any, *, by_storage: bool) -> Exception:
         status = error.response.status_code
+        if by_storage:
+            return UploadError(f"the storage of {self.location.hub} answers with status {status}")
         said = f": {redacted_text(error.server_message)}" if error.server_message else ""
         if status in PASSING:
             return TransientError(f"status {status}", asked_pause(error.response))

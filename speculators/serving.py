@@ -56,7 +56,9 @@ def instructions(
         called = place.identity["folder"] if gone else place.reference
         note = f"VERIFIER stands for a folder or a Hugging Face ID of {called}; {why}"
     else:
-        arguments, note = [path, *(["--revision", place.revision] if place.revision else [])], ""
+        # Where the output is a repository as well, vLLM would look for the verifier's revision in both.
+        revision = [] if elsewhere or not place.revision else ["--revision", place.revision]
+        arguments, note = [path, *revision], ""
         if place.local is not None and not verifier.has_tokenizer:
             arguments.append("--skip-tokenizer-init")
             note = f'{place.reference} has no tokenizer: send lists of token ids, with "return_token_ids": true'

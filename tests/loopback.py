@@ -209,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_blob(path)
         if path == "/api/whoami-v2":
             return self.send_account()
+        if found := re.fullmatch(r"/api/models/(.+?)/tree/main", path):
+            return self.send_tree(found[1])
         if found := re.fullmatch(r"/api/models/(.+?)(/revision/(.+)|/refs)?", path):
             return self.send_info(found[1], found[3], refs=found[2] == "/refs")
         if found := re.fullmatch(r"/([^/]+/[^/]+|[^/]+)/resolve/([^/]+|refs/pr/\d+)/(.+)", path):
@@ -274,6 +276,16 @@ class _Handler(BaseHTTPRequestHandler):
         token = {"displayName": "test", "role": account.role}
         orgs = [{"name": each} for each in account.orgs]
         return self.send_json({"type": "user", "name": account.name, "orgs": orgs, "auth": {"accessToken": token}})
+
+    def send_tree(self, name: str) -> None:
+        if self.repo(name, content=True):
+            files = [path for path in self.head(name).iterdir() if path.is_file()]
+            self.send_json(
+                [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": oid(file)}
+                    for file in sorted(files)
+                ]
+            )
 
     def create(self, account: Account, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or account.name}/{asked['name']}"
