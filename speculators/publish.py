@@ -87,16 +87,15 @@ class Destination:
             CheckpointError: The Hub cannot be reached.
         """
         location = _parse(repository)
+        keep_secrets_from_logs()
         if access.is_offline:
             raise PublishError(
                 f"offline, nothing can be pushed to {location.name}; leave out --push-to-hub or --offline"
             )
         if not access.hub_token:
             raise PublishError(f"pushing to {location.name} needs a token that may write; pass it with {TOKEN}")
-        keep_secrets_from_logs()
-        asked = cls(location, access, private)
-        location = HubLocation(asked._own_name(), endpoint=location.endpoint)
-        found = cls(location, access, private)
+        name = cls(location, access)._own_name()
+        found = cls(HubLocation(name, endpoint=location.endpoint), access, private)
         found._survey()
         return found
 
@@ -253,6 +252,8 @@ class Destination:
             raise UploadError(f"pushing to {self.name} failed: {redacted_text(described(error))}") from raised
 
     def _refused(self, error: Any, *, by_storage: bool) -> Exception:
+        if getattr(error, "response", None) is None:  # how the library says that it could not ask
+            return TransientError(reason(error.__cause__ or error))
         status = error.response.status_code
         if by_storage:
             return UploadError(f"the storage of {self.location.hub} answers with status {status}")
