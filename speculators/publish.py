@@ -241,7 +241,7 @@ class Destination:
             error: BaseException = raised
             while isinstance(error, RuntimeError) and error.__cause__ is not None:
                 error = error.__cause__  # which file it was does not matter
-            if isinstance(error, errors.HfHubHTTPError):
+            if isinstance(error, errors.HfHubHTTPError) and getattr(error, "response", None) is not None:
                 raise self._refused(error, by_storage=error is not raised) from None
             if isinstance(error, (http_error(), ConnectionError)):
                 raise TransientError(reason(error)) from None
@@ -252,8 +252,6 @@ class Destination:
             raise UploadError(f"pushing to {self.name} failed: {redacted_text(described(error))}") from raised
 
     def _refused(self, error: Any, *, by_storage: bool) -> Exception:
-        if getattr(error, "response", None) is None:  # how the library says that it could not ask
-            return TransientError(reason(error.__cause__ or error))
         status = error.response.status_code
         if by_storage:
             return UploadError(f"the storage of {self.location.hub} answers with status {status}")
