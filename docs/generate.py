@@ -126,6 +126,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "OptionError",
         "PluginError",
         "OutputError",
+        "PublishError",
+        "UploadError",
         "ValidationError",
     ),
     "Tests": ("testing",),

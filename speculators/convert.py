@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, output, provenance, writer
+from speculators import card, dtypes, output, provenance, writer
 from speculators.beside import Beside
 from speculators.checkpoint import Checkpoint, stored_dtype
 from speculators.config import MODEL_TYPE_KEY
@@ -19,6 +19,7 @@ from speculators.errors import (
     CheckpointError,
     MismatchError,
     OptionError,
+    PublishError,
     SpeculatorsError,
     described,
 )
@@ -37,6 +38,7 @@ from speculators.writer import Payload
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorConfig
+    from speculators.publish import Destination
     from speculators.validation import Report
 
 
@@ -113,6 +115,7 @@ class ConversionResult:
         notes: What the user should know, one sentence each.
         serving: How vLLM serves the output; ``None`` when it does not serve its type.
         validation: The outcome of every check; ``None`` when validation was switched off.
+        pushed_to: Address of the repository that the output was pushed to, if it was.
     """
 
     output_path: Path
@@ -126,6 +129,7 @@ class ConversionResult:
     notes: tuple[str, ...]
     serving: Instructions | None
     validation: Report | None
+    pushed_to: str | None = None
 
 
 def convert_model(
@@ -141,6 +145,8 @@ def convert_model(
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     self_contained: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
@@ -165,6 +171,8 @@ def convert_model(
         overwrite: Whether to replace a converted model at ``output_path``.
         self_contained: Whether to write the tensors that drafts share with their verifier, so that the output
             loads without it.
+        push_to_hub: Repository of the Hub (``org/name``) to upload the output to when it is complete.
+        private: Whether a repository that is made for it is private.
         token: Token for the Hub; that of ``HF_TOKEN`` or of a login by default.
         cache_dir: Where downloads are kept; huggingface_hub's cache by default.
         offline: Whether nothing but the cache may be used, as where ``HF_HUB_OFFLINE`` says so.
@@ -173,6 +181,8 @@ def convert_model(
         **algorithm_kwargs: The algorithm's own options, as ``--list-algorithms`` shows them.
 
     Raises:
+        PublishError: The output was not uploaded. Where that was not known before, it is complete at ``output_path``,
+            and the error's ``result`` says what was done.
         SpeculatorsError: Anything that keeps the conversion from being right. ``output_path`` is
             then as it was before.
     """
@@ -189,6 +199,7 @@ def convert_model(
         algorithm_kwargs=algorithm_kwargs,
     )
     access = Access(token, cache_dir, offline, progress)
+    destination = find_destination(push_to_hub, access, private)
     report = None
     with output.staged(target, overwrite) as folder:
         source, base = Checkpoint.at(model, access), Verifier(verifier, access)
@@ -226,9 +237,14 @@ def convert_model(
                 level=validate_level,
             )
             report.raise_on_failure()
+        licensed, doubts = _license(source)
+        name = destination.name if destination else None
+        text = card.model_card(conversion, report=report, license=licensed, max_shard_size=shard_size, repository=name)
+        with output.writing(target):
+            writer.write_text(folder, output.CARD_FILE, text)
         for read in (source, base.checkpoint):
             read.place.require_unchanged()
-    return ConversionResult(
+    result = ConversionResult(
         output_path=target,
         source=source.name,
         algorithm=spec.name,
@@ -237,10 +253,42 @@ def convert_model(
         reworked=conversion.reworked,
         dropped=conversion.dropped,
         completed=conversion.completed,
-        notes=conversion.notes,
+        notes=(*conversion.notes, *doubts, *(destination.doubts(base) if destination else ())),
         serving=serving,
         validation=report,
     )
+    if destination is None:
+        return result
+    return _push(result, destination, f"Convert {card.called(source.place)} with {card.versions(conversion.algorithm)}")
+
+
+def find_destination(repository: str | None, access: Access, private: bool) -> Destination | None:
+    """Return where to push to, if that was asked for and can be."""
+    if repository is None:
+        if private:
+            raise OptionError("private says how a repository is made; name one to push to (--push-to-hub)")
+        return None
+    from speculators.publish import Destination
+
+    return Destination.find(repository, access, private=private)
+
+
+def _push(result: ConversionResult, destination: Destination, message: str) -> ConversionResult:
+    """Upload what was converted, and say so in its result."""
+    try:
+        pushed = destination.push(result.output_path, message)
+    except PublishError as error:
+        error.result = result
+        raise
+    return replace(result, pushed_to=pushed.url, notes=(*result.notes, *pushed.notes))
+
+
+def _license(source: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """Return the license of a source as its card says it, and a note where that cannot be read."""
+    try:
+        return card.source_license(source.place), []
+    except CheckpointError as error:
+        return {}, [f"the card names no license, as that of the source cannot be read: {error}"]
 
 
 def check_arguments(

@@ -18,6 +18,7 @@ from speculators.checkpoint import Checkpoint
 from speculators.convert import (
     Conversion,
     check_arguments,
+    find_destination,
     payloads_of,
     prepare,
     require_device,
@@ -168,6 +169,8 @@ def plan_conversion(
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     self_contained: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
@@ -193,6 +196,8 @@ def plan_conversion(
         max_shard_size: Most bytes of tensors per file.
         overwrite: Whether a converted model at ``output_path`` may be replaced.
         self_contained: Whether to write what drafts share with their verifier.
+        push_to_hub: Repository of the Hub to which the output would be uploaded; whether it may be is asked.
+        private: Whether a repository that is made for it would be private.
         token: Token for the Hub.
         cache_dir: Where downloads are kept.
         offline: Whether nothing but the cache may be used.
@@ -217,6 +222,7 @@ def plan_conversion(
     )
     output.check_writable(target, overwrite)
     access = Access(token, cache_dir, offline, progress)
+    find_destination(push_to_hub, access, private)
     source, base = Checkpoint.at(model, access, partly=True), Verifier(verifier, access)
     require_native(source)
     with verifying(source) if source.place.local is not None else nullcontext(dict) as verified:

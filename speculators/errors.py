@@ -11,6 +11,8 @@
     ├── OptionError            an algorithm option is unknown, ill-typed, or contradicts the draft
     ├── PluginError            an installed plugin is broken or clashes with another
     ├── OutputError            the output cannot be written, or something stands in its place
+    ├── PublishError           the Hub does not take the output: its name, the token, or what is there keeps it
+    │   └── UploadError            a network or the Hub keeps the output from getting there
     └── ValidationError        the converted model failed a check
 
 The command line prints the message of any of these as one error and exits with ``exit_code``: 2 for wrong
@@ -22,6 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speculators.convert import ConversionResult
 
 LONGEST_LINE = 2000
 """Characters of a line that are shown; names in a stranger's checkpoint may have millions."""
@@ -138,6 +144,22 @@ class PluginError(SpeculatorsError):
 
 class OutputError(SpeculatorsError):
     """The output cannot be written where the user wants it."""
+
+    exit_code = ENVIRONMENT
+
+
+class PublishError(SpeculatorsError):
+    """The Hub does not take an output: a wrong name, a token that may not write, something else in its place.
+
+    Attributes:
+        result: What `convert_model` did before; ``None`` where nothing was converted.
+    """
+
+    result: ConversionResult | None = None
+
+
+class UploadError(PublishError):
+    """A network or the Hub keeps an output from getting there; nothing is known to be wrong with either."""
 
     exit_code = ENVIRONMENT
 

@@ -35,10 +35,15 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PROVENANCE_FILE = "provenance.json"
 NATIVE_CONFIG_FILE = "native_config.json"
+CARD_FILE = "README.md"
 OWN_FILES = re.compile(
-    r"(native_)?config\.json|provenance\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(native_)?config\.json|provenance\.json|README\.md"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
-"""Every file that a conversion may write; nothing else is ever replaced."""
+"""Every file that a conversion may write; nothing else is ever replaced, and no card that somebody has changed."""
+
+MARK = b"<!-- Written by speculators, which replaces this file only as long as nobody has changed it: "
+"""What the last line of a card begins with; the digest of all that stands above it follows."""
 
 WORK_SUFFIX = ".speculators"
 """What the name of the hidden folder beside an output ends in."""
@@ -137,7 +142,7 @@ def check_replaceable(path: Path, overwrite: bool, name: Path | None = None) -> 
         return
     if not overwrite:
         raise OutputError(f"{name} exists and is not empty; choose another --output-path or pass --overwrite")
-    others = [file.name for file in found if not OWN_FILES.fullmatch(file.name) or file.is_dir()]
+    others = [file.name for file in found if not _is_own(file)]
     if others:
         raise OutputError(
             f"{name} has {', '.join(others[:3])} beside a converted model and is not overwritten; move it away first"
@@ -175,6 +180,27 @@ def check_writable(path: Path, overwrite: bool) -> None:
                 (parent / each.name).lstat()  # or the filesystem says that it can have no such name
         if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_own(file: Path) -> bool:
+    """Tell whether a file is one that a conversion wrote, as far as its name tells; of a card, its content does."""
+    if not OWN_FILES.fullmatch(file.name) or file.is_dir():
+        return False
+    try:
+        return file.name != CARD_FILE or is_unchanged(file.read_bytes())
+    except OSError:
+        return False
+
+
+def marked(card: str) -> str:
+    """Return a card with the line at its end that tells whether it was changed since."""
+    return f"{card}{MARK.decode()}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def is_unchanged(card: bytes) -> bool:
+    """Tell whether a card is one that was written by a conversion, and by nobody since."""
+    body, found, line = card.rpartition(MARK)
+    return bool(found) and line == f"{hashlib.sha256(body).hexdigest()} -->\n".encode()
 
 
 @contextmanager

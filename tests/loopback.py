@@ -1,7 +1,8 @@
 """A server on loopback: a Hub that huggingface_hub's own client talks to, and a plain web server, with faults.
 
-Large files of the Hub are redirected to another origin with a signed address, as the Hub does it. Every
-request is recorded, and every byte of a body is counted.
+Large files of the Hub are redirected to another origin with a signed address, as the Hub does it, and uploaded to one
+(git-lfs's protocol; not Xet, which `conftest.py` switches off). What was committed is served from then on. Every
+request is recorded, and every byte of a body that was sent is counted.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,12 +39,22 @@ LARGE = (".safetensors", ".bin")
 
 @dataclass
 class Repo:
-    """A repository: its commits with the folders of their files, and what its branches and tags mean."""
+    """A repository: its commits with the folders of their files, what its branches and tags mean, and what was said."""
 
     commits: dict[str, Path]
     refs: dict[str, str]
     private: bool = False
     gated: bool = False
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Account:
+    """Whom a token is of, which organisations that user is in, and what the token may do."""
+
+    name: str
+    orgs: tuple[str, ...] = ()
+    role: str = "write"
 
 
 @dataclass
@@ -64,7 +77,7 @@ class Fault:
         times: How often.
         status: Answer with this status instead.
         headers: Headers to change, or to leave out when ``None``.
-        cut: Close the connection after this many bytes.
+        cut: Close the connection after this many bytes, of what is uploaded where something is.
         stall: Send this many bytes and then nothing, until the server ends.
         body: Send this instead, with a length to fit.
         as_status: Send it with this status.
@@ -90,6 +103,7 @@ class Server:
     Attributes:
         repos: What the Hub has.
         tokens: Token → repositories that it may read, private or gated.
+        accounts: Token → whom it is of; others may not write.
         folders: First part of a path → the folder that is served under it.
         users: First part of a path → ``user:password`` that it wants.
         ranges: Whether parts are served.
@@ -102,6 +116,8 @@ class Server:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.tokens: dict[str, set[str]] = {}
+        self.accounts: dict[str, Account] = {}
+        self.store = Path(tempfile.mkdtemp(prefix="speculators-hub-"))
         self.folders: dict[str, Path] = {}
         self.users: dict[str, str] = {}
         self.ranges = True
@@ -130,6 +146,7 @@ class Server:
         for each in (self.hub, self.storage):
             each.shutdown()
             each.server_close()
+        shutil.rmtree(self.store, ignore_errors=True)
 
     def add(self, name: str, folder: Path, revision: str = "main", **more: Any) -> str:
         """Commit the files of a folder to a repository and return the commit."""
@@ -140,6 +157,20 @@ class Server:
         repo.commits[commit] = folder
         repo.refs[revision] = commit
         return commit
+
+    def login(self, token: str, name: str, *orgs: str, role: str = "write") -> None:
+        """Make a token of a user."""
+        self.accounts[token] = Account(name, orgs, role)
+        self.tokens.setdefault(token, set())
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """Return the files of a repository."""
+        repo = self.repos[name]
+        return {path.name: path.read_bytes() for path in repo.commits[repo.refs["main"]].iterdir()}
+
+    def place(self) -> Path:
+        """Make a folder for what is uploaded."""
+        return Path(tempfile.mkdtemp(dir=self.store))
 
     def total(self) -> int:
         """Return how many bytes of bodies were sent."""
@@ -163,6 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        self.receive()
+
+    def do_PUT(self) -> None:
+        self.receive()
+
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         origin = "hub" if self.server is self.served.hub else "storage"
@@ -170,11 +207,160 @@ class _Handler(BaseHTTPRequestHandler):
         self.served.requests.append(Request(self.command, self.path, self.headers.get("Range"), said, origin))
         if origin == "storage":
             return self.send_blob(path)
+        if path == "/api/whoami-v2":
+            return self.send_account()
+        if found := re.fullmatch(r"/api/models/(.+?)/tree/main", path):
+            return self.send_tree(found[1])
         if found := re.fullmatch(r"/api/models/(.+?)(/revision/(.+)|/refs)?", path):
             return self.send_info(found[1], found[3], refs=found[2] == "/refs")
         if found := re.fullmatch(r"/([^/]+/[^/]+|[^/]+)/resolve/([^/]+|refs/pr/\d+)/(.+)", path):
             return self.send_file(found[1], found[2], found[3])
         return self.send_plain(path)
+
+    def receive(self) -> None:
+        """Take what is uploaded, unless something goes wrong with it."""
+        path = unquote(urlsplit(self.path).path)
+        origin = "hub" if self.server is self.served.hub else "storage"
+        said = self.headers.get("Authorization")
+        self.served.requests.append(Request(self.command, self.path, None, said, origin))
+        fault = self.fault()
+        if fault.cut is not None:
+            self.rfile.read(min(fault.cut, int(self.headers.get("Content-Length") or fault.cut)))
+            self.close_connection = True
+            return None
+        body = self.body()
+        if fault.status is not None:
+            return self.send_all(fault.status, {}, fault.body or b"broken")
+        if origin == "storage":
+            return self.store_blob(path, body)
+        account = self.served.accounts.get((said or "").removeprefix("Bearer "))
+        if account is None:
+            return self.refuse(401, "", "Invalid username or password.")
+        return self.take(account, path, body)
+
+    def take(self, account: Account, path: str, body: bytes) -> None:
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.create(account, json.loads(body))
+        found = re.fullmatch(
+            r"/api/models/(.+?)/(preupload|commit)/main|/(.+?)\.git/info/lfs/(objects/batch|verify)", path
+        )
+        assert found, path
+        name = found[1] or found[3]
+        if name not in self.served.repos:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        if not self.may_write(account, name):
+            return self.refuse(403, "", "Forbidden: you must use a token with write access")
+        step = {"preupload": self.preupload, "commit": self.write, "objects/batch": self.batch, "verify": self.verify}
+        return step[found[2] or found[4]](name, body)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    @staticmethod
+    def may_write(account: Account, name: str) -> bool:
+        return account.role != "read" and name.partition("/")[0] in (account.name, *account.orgs)
+
+    def send_account(self) -> None:
+        account = self.served.accounts.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        if account is None:
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
+        token = {"displayName": "test", "role": account.role}
+        orgs = [{"name": each} for each in account.orgs]
+        return self.send_json({"type": "user", "name": account.name, "orgs": orgs, "auth": {"accessToken": token}})
+
+    def send_tree(self, name: str) -> None:
+        if self.repo(name, content=True):
+            files = [path for path in self.head(name).iterdir() if path.is_file()]
+            self.send_json(
+                [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": oid(file)}
+                    for file in sorted(files)
+                ]
+            )
+
+    def create(self, account: Account, asked: dict[str, Any]) -> None:
+        name = f"{asked.get('organization') or account.name}/{asked['name']}"
+        url = {"url": f"{self.served.url}/{name}"}
+        if not self.may_write(account, name):
+            return self.refuse(403, "", "You don't have the rights to create a model under this namespace")
+        if name in self.served.repos:
+            return self.send_all(409, {}, json.dumps({"error": "You already created this model repo", **url}).encode())
+        place = self.served.place()
+        (place / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self.served.add(name, place, private=bool(private))
+        for token, each in self.served.accounts.items():
+            if self.may_write(each, name):
+                self.served.tokens[token].add(name)
+        return self.send_json(url)
+
+    def head(self, name: str) -> Path:
+        repo = self.served.repos[name]
+        return repo.commits[repo.refs["main"]]
+
+    def preupload(self, name: str, body: bytes) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                "shouldIgnore": False,
+                "oid": oid(self.head(name) / file["path"]),
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self.send_json({"files": files})
+
+    def batch(self, name: str, body: bytes) -> None:
+        asked = json.loads(body)["objects"]
+        for each in asked:
+            if not (self.served.store / each["oid"]).exists():
+                verify = f"{self.served.url}/{name}.git/info/lfs/verify"
+                upload = f"{self.served.storage_url}/upload/{each['oid']}?{SIGNATURE}"
+                each["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
+        self.send_json({"transfer": "basic", "objects": asked})
+
+    def store_blob(self, path: str, body: bytes) -> None:
+        assert SIGNATURE in self.path
+        name = path.removeprefix("/upload/")
+        assert hashlib.sha256(body).hexdigest() == name
+        (self.served.store / name).write_bytes(body)
+        self.send_all(200, {}, b"")
+
+    def verify(self, name: str, body: bytes) -> None:
+        asked = json.loads(body)
+        assert (self.served.store / asked["oid"]).stat().st_size == asked["size"]
+        self.send_json({})
+
+    def write(self, name: str, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        header = lines.pop(0)["value"]
+        repo, place = self.served.repos[name], self.served.place()
+        if header.get("parentCommit", repo.refs["main"]) != repo.refs["main"]:
+            return self.refuse(412, "", "A commit has happened since. Please refresh and try again.")
+        shutil.copytree(self.head(name), place, dirs_exist_ok=True)
+        for line in lines:
+            value = line["value"]
+            file = place / value["path"]
+            if line["key"] == "deletedFile":
+                file.unlink()
+            elif line["key"] == "lfsFile":
+                shutil.copyfile(self.served.store / value["oid"], file)
+            else:
+                file.write_bytes(b64decode(value["content"]))
+        commit = self.served.add(name, place)
+        repo.messages.append(header["summary"])
+        return self.send_json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.served.url}/{name}/commit/{commit}"}
+        )
 
     def repo(self, name: str, *, content: bool) -> Repo | None:
         """Return a repository that the request may see, or send the Hub's refusal."""
@@ -239,9 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit}
         if not inside.endswith(LARGE):
-            data = path.read_bytes()
-            etag = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-            return self.send_part(path, {**headers, "ETag": f'"{etag}"'})
+            return self.send_part(path, {**headers, "ETag": f'"{oid(path)}"'})
         digest = sha256(path, path.stat().st_mtime_ns)
         self.served.blobs[digest] = path
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(path.stat().st_size)}
@@ -287,7 +471,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_all(status, {**codes, "X-Error-Message": message, **(headers or {})}, body)
 
     def send_all(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        fault = self.fault()
+        fault = self.fault() if self.command in ("GET", "HEAD") else Fault("")
         if fault.status is not None:
             status, body, headers = fault.status, b"broken", {}
         if fault.body is not None:
@@ -325,6 +509,15 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 return fault
         return Fault("")
+
+
+def oid(path: Path) -> str | None:
+    """Return what the Hub calls the content of a file."""
+    if not path.is_file():
+        return None
+    if path.name.endswith(LARGE):
+        return sha256(path, path.stat().st_mtime_ns)
+    return hashlib.sha1(f"blob {path.stat().st_size}\0".encode() + path.read_bytes()).hexdigest()
 
 
 @cache

@@ -247,6 +247,7 @@ def test_shards_can_be_asked_for(tmp_path: Path) -> None:
     assert convert(tmp_path, "--overwrite").exit_code == 0
     whole = read_tensors(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "native_config.json",
@@ -328,6 +329,7 @@ def test_dots_at_the_end_mean_the_folder_that_they_lead_to(tmp_path: Path) -> No
 
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "native_config.json",

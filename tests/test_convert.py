@@ -98,10 +98,11 @@ def test_the_layout_of_the_source_does_not_matter(name: str, layout: str, varian
         assert (tmp_path / "from-original" / file).read_bytes() == (tmp_path / "from-variant" / file).read_bytes()
 
 
-def test_the_output_is_three_files_that_others_can_read(tmp_path: Path) -> None:
+def test_the_output_is_four_files_that_others_can_read(tmp_path: Path) -> None:
     convert_model(DATA / "eagle3", verifier=VERIFIER, output_path=tmp_path / "out")
 
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "native_config.json",

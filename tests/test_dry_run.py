@@ -64,7 +64,11 @@ def test_the_conversion_does_what_was_planned(name: str, more: dict[str, Any], t
     assert (planned.notes, planned.serving, planned.algorithm) == (done.notes, done.serving, done.algorithm)
     assert planned.validation == done.validation
     assert planned.config == (done.output_path / "config.json").read_text()
-    sizes = {path.name: path.stat().st_size for path in done.output_path.iterdir() if path.name != "provenance.json"}
+    sizes = {
+        path.name: path.stat().st_size
+        for path in done.output_path.iterdir()
+        if path.name not in ("provenance.json", "README.md")
+    }
     assert {file.name: file.bytes for file in planned.files} == sizes
 
 

@@ -150,6 +150,7 @@ def test_of_a_draft_one_format_and_its_config_are_fetched(
 
     fetched = {request.path.rpartition("/")[2].partition("?")[0] for request in hub.asked("org/both/resolve")}
     assert fetched == {
+        "README.md",  # which may name the license
         "config.json",
         "model.safetensors.index.json",
         *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),

@@ -56,6 +56,7 @@ def test_the_same_head_is_converted_when_nothing_is_wrong(place: Workplace) -> N
 
     assert result.exit_code == 0, result.output
     assert sorted(contents(place.folder / "out")) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "native_config.json",

@@ -13,6 +13,8 @@ import speculators
 from speculators import convert_model
 
 HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+NETWORK = {"huggingface_hub.hf_api", "httpx", "httpx2", "requests"}
+"""What huggingface_hub imports to reach the Hub; the metadata of model cards needs none of it."""
 
 
 def modules_after(code: str) -> set[str]:
@@ -35,10 +37,10 @@ def test_help_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("layout", "more", "unneeded"),
     [
-        ("safetensors", [], {"torch", "transformers", "safetensors", "huggingface_hub", "rich"}),
-        ("safetensors", ["--dtype", "bfloat16"], {"torch", "transformers", "safetensors", "huggingface_hub", "rich"}),
-        ("safetensors", ["--max-shard-size", "1MB"], {"torch", "transformers", "safetensors", "rich"}),
-        ("bin", [], {"transformers", "safetensors", "huggingface_hub", "rich"}),
+        ("safetensors", [], {"torch", "transformers", "safetensors", "rich", *NETWORK}),
+        ("safetensors", ["--dtype", "bfloat16"], {"torch", "transformers", "safetensors", "rich", *NETWORK}),
+        ("safetensors", ["--max-shard-size", "1MB"], {"torch", "transformers", "safetensors", "rich", *NETWORK}),
+        ("bin", [], {"transformers", "safetensors", "rich", *NETWORK}),
     ],
 )
 def test_converting_imports_what_it_needs(

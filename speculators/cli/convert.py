@@ -14,6 +14,7 @@ from speculators.cli import screen as screens
 from speculators.cli.options import AlgorithmName, algorithm_kwargs, examples, reaching, refuse_clashes
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.cli.validate import report_blocks
+from speculators.errors import PublishError
 from speculators.registry import AUTO
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ ARGUMENTS = frozenset(
         "max_shard_size",
         "overwrite",
         "self_contained",
+        "push_to_hub",
+        "private",
         "token",
         "cache_dir",
         "offline",
@@ -52,6 +55,7 @@ ARGUMENTS = frozenset(
         speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
         speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
         speculators convert ./head --verifier ./base --dry-run
+        speculators convert ./head --verifier meta-llama/Llama-3.1-8B-Instruct --push-to-hub my-org/my-head --private
         speculators convert --list-algorithms
         """
     )
@@ -83,6 +87,8 @@ ARGUMENTS = frozenset(
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
 @click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, tensor by tensor, and write nothing.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the Hub.")
+@click.option("--private", is_flag=True, help="Make that repository private if it is not there yet.")
 @reaching
 @click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
 @screens.manners
@@ -116,8 +122,13 @@ def convert(
         return
     from speculators.convert import convert_model
 
-    with screen.progress() as progress:
-        result = convert_model(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
+    try:
+        with screen.progress() as progress:
+            result = convert_model(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
+    except PublishError as error:
+        if error.result is not None:
+            screen.show("conversion/1", as_json(error.result), blocks(error.result))
+        raise
     screen.show("conversion/1", as_json(result), blocks(result))
 
 
@@ -144,6 +155,8 @@ def blocks(result: ConversionResult) -> Iterator[Block]:
     else:
         yield from report_blocks(result.validation)
     yield Line(f"Wrote {result.output_path}")
+    if result.pushed_to is not None:
+        yield Line(f"Pushed to {result.pushed_to}")
     if result.serving is not None:
         yield from serving_blocks(result.serving)
 

@@ -20,7 +20,7 @@ from speculators.dtypes import FLOATS
 from speculators.errors import CheckpointError, OptionError, PluginError, SpeculatorsError, described
 from speculators.export import export_model
 from speculators.guard import guarded, own_classes, shown, unguarded
-from speculators.output import CONFIG_FILE, NATIVE_CONFIG_FILE, PROVENANCE_FILE
+from speculators.output import CARD_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE, PROVENANCE_FILE
 from speculators.spec import ConverterSpec
 from speculators.table import Drop, Refuse, Split, fill, symbols
 from speculators.weights import TensorInfo
@@ -215,7 +215,7 @@ def check_reproducible(bench: Bench) -> None:
 
 
 def _require_same(first: Mapping[str, bytes], again: Mapping[str, bytes]) -> None:
-    for name in sorted(first):
+    for name in sorted(first, key=lambda name: (name == CARD_FILE, name)):  # the card repeats what others say
         if again.get(name) != first[name]:
             what = f"{name} ({_changed(first[name], again[name])})" if name.endswith(".json") else name
             raise NonconformanceError(
