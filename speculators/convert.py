@@ -202,7 +202,14 @@ def convert_model(
             spec = conversion.algorithm.spec
             serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
             with output.writing(target):
-                write(conversion, folder, verified, max_shard_size=shard_size, progress=progress)
+                write(
+                    conversion,
+                    folder,
+                    verified,
+                    max_shard_size=shard_size,
+                    validated=validate_level if validate else None,
+                    progress=progress,
+                )
         if validate:
             progress("validating", 0, 0)
             report = check(
@@ -387,6 +394,7 @@ def write(
     read: Callable[[], dict[str, Digest]],
     *,
     max_shard_size: int | None = None,
+    validated: str | None = None,
     progress: Progress = unheard,
 ) -> None:
     """Write config, weights and provenance of a prepared conversion into ``folder``.
@@ -396,13 +404,14 @@ def write(
         folder: Where to write.
         read: Waits for the digests of the source's files.
         max_shard_size: Bytes of tensors per file; one file by default.
+        validated: How far the caller checks the output before it appears; not at all by default.
         progress: Told about the bytes that were written.
 
     Raises:
         CheckpointError: The source was changed meanwhile.
     """
-    payloads = list(_payloads(conversion))
-    total, done = sum(payload.info.nbytes for payload in payloads), 0
+    tensors = list(payloads(conversion))
+    total, done = sum(tensor.info.nbytes for tensor in tensors), 0
 
     def report(count: int) -> None:
         nonlocal done
@@ -410,12 +419,17 @@ def write(
         progress("writing", done, total)
 
     written = writer.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
-    written |= writer.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
-    record = provenance.describe(conversion, read(), written, max_shard_size)
+    written |= writer.write_safetensors(folder, tensors, max_shard_size=max_shard_size, report=report)
+    record = provenance.describe(conversion, read(), written, max_shard_size, validated)
     writer.write_text(folder, output.PROVENANCE_FILE, record)
 
 
-def _payloads(conversion: Conversion) -> Iterator[Payload]:
+def payloads(conversion: Conversion) -> Iterator[Payload]:
+    """Yield every tensor that a conversion writes; what it is made of is read when its bytes are asked for.
+
+    Raises:
+        PluginError: An operation fails, or makes something else than was planned.
+    """
     source, weights = conversion.context.source, conversion.context.verifier.weights
     asked = conversion.context.dtype
     for move in conversion.moves:
