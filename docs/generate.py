@@ -119,10 +119,22 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "OptionError",
         "PluginError",
         "OutputError",
+        "ExecutorError",
         "ValidationError",
     ),
     "Tests": ("testing",),
-    "What users call": ("convert_model", "ConversionResult", "validate_model", "Registry", "__version__"),
+    "What users call": (
+        "convert_model",
+        "ConversionResult",
+        "validate_model",
+        "read_jobs",
+        "run_jobs",
+        "Job",
+        "JobOutcome",
+        "BatchResult",
+        "Registry",
+        "__version__",
+    ),
 }
 """Heading → names below it."""
 
@@ -140,6 +152,8 @@ PROMISED: Mapping[str, tuple[str, ...]] = {
     "SpeculatorConfig": ("verifier_sizes", "positions", "read", "to_json"),
     "LayeredConfig": (),
     "ConversionResult": (),
+    "Job": (),
+    "BatchResult": ("count", "exit_code"),
     **dict.fromkeys(("Row", "Rename", "Shared", "Split", "Merge", "Derive"), ()),
 }
 """Class → those of its methods and properties that are part of the interface; all by default."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speculators import decoder
+    from speculators.batch import BatchResult, Job, JobOutcome, read_jobs, run_jobs
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         AlgorithmError,
         AlreadyConvertedError,
         CheckpointError,
+        ExecutorError,
         MismatchError,
         OptionError,
         OutputError,
@@ -41,6 +43,7 @@ _HOMES = {
     "AlgorithmError": "errors",
     "AlreadyConvertedError": "errors",
     "Alternative": "spec",
+    "BatchResult": "batch",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "Context": "spec",
@@ -50,7 +53,10 @@ _HOMES = {
     "Derive": "table",
     "Drop": "table",
     "Example": "spec",
+    "ExecutorError": "errors",
     "Facts": "plan",
+    "Job": "batch",
+    "JobOutcome": "batch",
     "Keep": "table",
     "LayeredConfig": "config",
     "Merge": "table",
@@ -76,6 +82,8 @@ _HOMES = {
     "convert_model": "convert",
     "hookimpl": "hookspecs",
     "match": "plan",
+    "read_jobs": "batch",
+    "run_jobs": "batch",
     "validate_model": "validation",
 }
 
@@ -83,6 +91,7 @@ __all__ = [
     "AlgorithmError",
     "AlreadyConvertedError",
     "Alternative",
+    "BatchResult",
     "Checkpoint",
     "CheckpointError",
     "Context",
@@ -92,7 +101,10 @@ __all__ = [
     "Derive",
     "Drop",
     "Example",
+    "ExecutorError",
     "Facts",
+    "Job",
+    "JobOutcome",
     "Keep",
     "LayeredConfig",
     "Merge",
@@ -120,6 +132,8 @@ __all__ = [
     "decoder",
     "hookimpl",
     "match",
+    "read_jobs",
+    "run_jobs",
     "validate_model",
 ]
 
