@@ -128,6 +128,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "OutputError",
         "PublishError",
         "UploadError",
+        "ExecutorError",
         "ValidationError",
     ),
     "Tests": ("testing",),
@@ -143,6 +144,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "ExportResult",
         "diff_models",
         "Difference",
+        "read_jobs",
+        "run_jobs",
+        "Job",
+        "JobOutcome",
+        "BatchResult",
         "Registry",
         "__version__",
     ),
@@ -163,6 +169,8 @@ PROMISED: Mapping[str, tuple[str, ...]] = {
     "SpeculatorConfig": ("verifier_sizes", "positions", "read", "to_json"),
     "LayeredConfig": (),
     "ConversionResult": (),
+    "Job": (),
+    "BatchResult": ("count", "exit_code"),
     **dict.fromkeys(("Row", "Rename", "Shared", "Split", "Merge", "Derive"), ()),
 }
 """Class → those of its methods and properties that are part of the interface; all by default."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speculators import decoder
+    from speculators.batch import BatchResult, Job, JobOutcome, read_jobs, run_jobs
     from speculators.checkpoint import Checkpoint
     from speculators.config import DecoderLayerConfig, LayeredConfig, SpeculatorConfig
     from speculators.convert import ConversionResult, convert_model
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         AlgorithmError,
         AlreadyConvertedError,
         CheckpointError,
+        ExecutorError,
         MismatchError,
         OptionError,
         OutputError,
@@ -47,6 +49,7 @@ _HOMES = {
     "AlgorithmError": "errors",
     "AlreadyConvertedError": "errors",
     "Alternative": "spec",
+    "BatchResult": "batch",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "Context": "spec",
@@ -57,9 +60,12 @@ _HOMES = {
     "Difference": "difference",
     "Drop": "table",
     "Example": "spec",
+    "ExecutorError": "errors",
     "ExportResult": "export",
     "Facts": "plan",
     "Inspection": "inspection",
+    "Job": "batch",
+    "JobOutcome": "batch",
     "Keep": "table",
     "LayeredConfig": "config",
     "Merge": "table",
@@ -87,12 +93,14 @@ _HOMES = {
     "Verifier": "verifier",
     "Vllm": "spec",
     "convert_model": "convert",
-    "export_model": "export",
     "diff_models": "difference",
+    "export_model": "export",
     "hookimpl": "hookspecs",
     "inspect_model": "inspection",
     "match": "plan",
     "plan_conversion": "dry_run",
+    "read_jobs": "batch",
+    "run_jobs": "batch",
     "validate_model": "validation",
 }
 
@@ -100,6 +108,7 @@ __all__ = [
     "AlgorithmError",
     "AlreadyConvertedError",
     "Alternative",
+    "BatchResult",
     "Checkpoint",
     "CheckpointError",
     "Context",
@@ -110,9 +119,12 @@ __all__ = [
     "Difference",
     "Drop",
     "Example",
+    "ExecutorError",
     "ExportResult",
     "Facts",
     "Inspection",
+    "Job",
+    "JobOutcome",
     "Keep",
     "LayeredConfig",
     "Merge",
@@ -148,6 +160,8 @@ __all__ = [
     "inspect_model",
     "match",
     "plan_conversion",
+    "read_jobs",
+    "run_jobs",
     "validate_model",
 ]
 

@@ -127,7 +127,7 @@ def source_license(place: Folder) -> dict[str, Any]:
 
 
 def _metadata(text: str) -> Mapping[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     block = _METADATA.match(text.removeprefix("\ufeff"))
     if block is None or len(block[1]) > LONGEST_METADATA:

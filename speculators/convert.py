@@ -223,7 +223,14 @@ def convert_model(
             spec = conversion.algorithm.spec
             serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
             with output.writing(target):
-                write(conversion, folder, verified, max_shard_size=shard_size, progress=progress)
+                write(
+                    conversion,
+                    folder,
+                    verified,
+                    max_shard_size=shard_size,
+                    validated=validate_level if validate else None,
+                    progress=progress,
+                )
         if validate:
             from speculators.validation import check
 
@@ -487,6 +494,7 @@ def write(
     read: Callable[[], dict[str, Digest]],
     *,
     max_shard_size: int | None = None,
+    validated: str | None = None,
     progress: Progress = unheard,
 ) -> None:
     """Write config, weights and provenance of a prepared conversion into ``folder``.
@@ -496,6 +504,7 @@ def write(
         folder: Where to write.
         read: Waits for the digests of the source's files.
         max_shard_size: Bytes of tensors per file; one file by default.
+        validated: How far the caller checks the output before it appears; not at all by default.
         progress: Told about the bytes that were written.
 
     Raises:
@@ -512,7 +521,7 @@ def write(
     written = writer.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
     written |= writer.write_bytes(folder, output.NATIVE_CONFIG_FILE, conversion.context.source.config_bytes)
     written |= writer.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
-    record = provenance.describe(conversion, read(), written, max_shard_size)
+    record = provenance.describe(conversion, read(), written, max_shard_size, validated)
     writer.write_text(folder, output.PROVENANCE_FILE, record)
 
 

@@ -10,6 +10,7 @@
     ├── AlgorithmError         no such algorithm, none or several recognise the draft
     ├── OptionError            an algorithm option is unknown, ill-typed, or contradicts the draft
     ├── PluginError            an installed plugin is broken or clashes with another
+    ├── ExecutorError          what jobs should run on cannot be used, or died
     ├── OutputError            the output cannot be written, or something stands in its place
     ├── PublishError           the Hub does not take the output: its name, the token, or what is there keeps it
     │   └── UploadError            a network or the Hub keeps the output from getting there
@@ -22,9 +23,10 @@ every other exception is a bug, which keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speculators.convert import ConversionResult
@@ -34,6 +36,9 @@ LONGEST_LINE = 2000
 
 MOST_FINDINGS = 100
 """Findings that are shown."""
+
+BUG = 1
+"""The exit code of an error that nobody expected."""
 
 ENVIRONMENT = 5
 """The exit code where a network, a disk or memory fails, or something stands in the output's place."""
@@ -74,6 +79,16 @@ class SpeculatorsError(Exception):
     """Base class of everything this package raises on purpose."""
 
     exit_code = 3
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it pass from one process to another, whatever its constructor asks for."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[SpeculatorsError], said: tuple[Any, ...], members: Mapping[str, Any]) -> SpeculatorsError:
+    error = kind.__new__(kind, *said)
+    error.__dict__.update(members)
+    return error
 
 
 class CheckpointError(SpeculatorsError):
@@ -164,7 +179,32 @@ class UploadError(PublishError):
     exit_code = ENVIRONMENT
 
 
+class ExecutorError(SpeculatorsError):
+    """What jobs should run on cannot be used, or a process or machine of it died."""
+
+    exit_code = ENVIRONMENT
+
+
 class ValidationError(SpeculatorsError):
     """The converted model failed a check; the caller's previous output is untouched."""
 
     exit_code = 4
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """Return what to print about an error, and the exit code."""
+    if isinstance(error, SpeculatorsError):
+        return f"Error: {printable(str(error))}", error.exit_code
+    if is_out_of_memory(error):
+        return "Error: out of memory; nothing was kept. Make some free, or convert on a larger machine", ENVIRONMENT
+    if isinstance(error, OSError):
+        return f"Error: {printable(str(error))}", ENVIRONMENT
+    if isinstance(error, TypeError | ValueError):  # what reading entry points ends with, where one package is damaged
+        from speculators.discovery import unreadable
+
+        if found := "; ".join(unreadable()):
+            return f"Error: {printable(found)}", SpeculatorsError.exit_code
+    from speculators import __version__
+
+    lines = "".join(traceback.format_exception(error))
+    return f"{lines}This is a bug of speculators {__version__}; please report it with the lines above", BUG

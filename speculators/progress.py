@@ -49,3 +49,20 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
             shown.update(tasks[task], completed=done)
 
         yield show
+
+
+@contextmanager
+def counted_on_terminal(task: str, total: int) -> Iterator[Callable[[], object]]:
+    """Show on a terminal how many of some things are done; yield what is called when one is."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        bar = shown.add_task(task, total=total)
+        yield lambda: shown.advance(bar)

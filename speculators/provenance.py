@@ -25,7 +25,11 @@ VERSION = 1
 
 
 def describe(
-    conversion: Conversion, read: Mapping[str, Digest], written: Mapping[str, Digest], max_shard_size: int | None
+    conversion: Conversion,
+    read: Mapping[str, Digest],
+    written: Mapping[str, Digest],
+    max_shard_size: int | None,
+    validated: str | None,
 ) -> str:
     """Return the content of ``provenance.json``.
 
@@ -34,12 +38,23 @@ def describe(
         read: Name → digest of every file of the source that was read.
         written: Name → digest of every file of the output but this one.
         max_shard_size: Bytes of tensors per file, if that was asked for.
+        validated: How far the output is checked before it appears; ``None`` when it is not.
     """
+    record = origin(conversion, read, max_shard_size, validated)
+    record["tensors"] = {name: trace.to_json() for name, trace in traces.of_conversion(conversion).items()}
+    record["output"] = {name: asdict(written[name]) for name in written}
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def origin(
+    conversion: Conversion, read: Mapping[str, Digest], max_shard_size: int | None, validated: str | None
+) -> dict[str, Any]:
+    """Return all of a record but what was written, which follows from this; the arguments are those of `describe`."""
     from pydantic_core import to_jsonable_python
 
     context, algorithm = conversion.context, conversion.algorithm
     verifier = context.verifier.checkpoint
-    record = {
+    return {
         "version": VERSION,
         "source": {**context.source.place.identity, "files": {name: asdict(read[name]) for name in read}},
         "verifier": {**verifier.place.identity, "files": verifier.files_read},
@@ -53,11 +68,9 @@ def describe(
             "max_shard_size": max_shard_size,
             "self_contained": conversion.self_contained,
             "table_sha256": algorithm.spec.table.sha256,
+            "validated": validated,
         },
-        "tensors": {name: trace.to_json() for name, trace in traces.of_conversion(conversion).items()},
-        "output": {name: asdict(written[name]) for name in written},
     }
-    return json.dumps(record, indent=2, sort_keys=True) + "\n"
 
 
 def read_record(converted: Checkpoint) -> Mapping[str, Any]:

@@ -76,6 +76,7 @@ def test_what_converted_it_is_named_with_its_options(tmp_path: Path) -> None:
         "max_shard_size": None,
         "self_contained": False,
         "table_sha256": algorithm.spec.table.sha256,
+        "validated": "forward",
     }
     assert (found["options"]["norm_before_residual"], found["options"]["speculative_tokens"]) == (False, None)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
+from speculators.cli.batch import from_file
 from speculators.cli.options import AlgorithmName, algorithm_kwargs, examples, reaching, refuse_clashes
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.cli.validate import report_blocks
@@ -56,6 +57,7 @@ ARGUMENTS = frozenset(
         speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
         speculators convert ./head --verifier ./base --dry-run
         speculators convert ./head --verifier meta-llama/Llama-3.1-8B-Instruct --push-to-hub my-org/my-head --private
+        speculators convert --from-file jobs.yaml --jobs 2
         speculators convert --list-algorithms
         """
     )
@@ -92,6 +94,7 @@ ARGUMENTS = frozenset(
 @reaching
 @click.option("--list-algorithms", is_flag=True, help="List the installed algorithms with their options, and exit.")
 @screens.manners
+@from_file
 def convert(
     screen: Screen,
     model: str | None,

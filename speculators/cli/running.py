@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ from typing import Any
 
 import click
 
-import speculators
-from speculators.errors import ENVIRONMENT, SpeculatorsError, is_out_of_memory, printable
+from speculators.errors import explained, printable
 
-BUG, BY_SIGNAL = 1, 128
-"""The exit codes of an error that nobody expected, and, with a signal's number added, of a run that it ended."""
+BY_SIGNAL = 128
+"""The exit code of a run that a signal ended, with its number added."""
 
 
 class _Ended(KeyboardInterrupt):
@@ -73,23 +71,6 @@ class Group(click.Group):
                 message, code = explained(error)
                 click.echo(message, err=True)
                 ctx.exit(code)
-
-
-def explained(error: Exception) -> tuple[str, int]:
-    """Return what to print about an error, and the exit code."""
-    if isinstance(error, SpeculatorsError):
-        return f"Error: {printable(str(error))}", error.exit_code
-    if is_out_of_memory(error):
-        return "Error: out of memory; nothing was kept. Make some free, or convert on a larger machine", ENVIRONMENT
-    if isinstance(error, OSError):
-        return f"Error: {printable(str(error))}", ENVIRONMENT
-    if isinstance(error, TypeError | ValueError):  # what reading entry points ends with, where one package is damaged
-        from speculators.discovery import unreadable
-
-        if found := "; ".join(unreadable()):
-            return f"Error: {printable(found)}", SpeculatorsError.exit_code
-    lines = "".join(traceback.format_exception(error))
-    return f"{lines}This is a bug of speculators {speculators.__version__}; please report it with the lines above", BUG
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:

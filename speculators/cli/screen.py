@@ -32,6 +32,8 @@ INDENT = "    "
 
 STYLES: Mapping[str, str] = {
     "passed": "green",
+    "converted": "green",
+    "skipped": "dim",
     "ready": "green",
     "FAILED": "bold red",
     "failed": "bold red",
