@@ -33,7 +33,7 @@ myst_heading_anchors = 6
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of third parties and of the standard library, whose pages would have to be fetched.
-    (r"py:.*", r"(_pytest|collections|importlib|nn|np|numpy|pathlib|pydantic|re|threading|torch|types|typing)\..*"),
+    (r"py:.*", r"(_pytest|collections|importlib|nn|np|numpy|pathlib|pydantic|re|threading|torch|types|typing|typing_extensions)\..*"),
     (r"py:.*", r"(JsonValue|NDArray|Path|PluginManager|PluginManager\.register|PreTrainedModel)"),
     # The core's own, which stand in signatures and need not be known.
     (r"py:class", r"(speculators\.spec\.)?Config"),
