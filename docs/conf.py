@@ -7,6 +7,8 @@ navigation and what is made from docstrings, is added while they are read (`read
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib
 import inspect
 import re
@@ -33,10 +35,12 @@ myst_heading_anchors = 6
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of third parties and of the standard library, whose pages would have to be fetched.
-    (r"py:.*", r"(_pytest|collections|importlib|nn|np|numpy|pathlib|pydantic|re|threading|torch|types|typing|typing_extensions)\..*"),
+    (r"py:.*", r"(_pytest|collections|importlib|pathlib|re|threading|types|typing|typing_extensions)\..*"),
+    (r"py:.*", r"(nn|np|numpy|pydantic|torch)\..*"),
     (r"py:.*", r"(JsonValue|NDArray|Path|PluginManager|PluginManager\.register|PreTrainedModel)"),
     # The core's own, which stand in signatures and need not be known.
     (r"py:class", r"(speculators\.spec\.)?Config"),
+    (r"py:obj", r"[A-Z_]+"),
     (r"py:class", r"(speculators\.config\.)?(SpeculatorsBlock|Size)"),
     (r"py:class", r"speculators\.(conformance\.checks\.Check|digests\.Digest|sources\..*|weights\.Extent)"),
 ]
@@ -68,9 +72,11 @@ NAVIGATION: dict[str, dict[str, tuple[str, ...]]] = {
             "/docs/getting-started",
             "/docs/convert",
             "/docs/sources",
+            "/docs/inspecting",
             "/docs/validation",
             "/docs/serving",
             "/docs/exporting",
+            "/docs/diff",
             "/docs/faq",
         ),
         "Look it up": (
@@ -116,24 +122,13 @@ def navigation(page: str) -> str:
     )
 
 
-RETURNED = {
-    "Instructions": "serving",
-    "Report": "validation",
-    "Check": "validation",
-    "Trial": "validation",
-    "Acceptance": "acceptance",
-    "Algorithm": "registry",
-    "Standing": "registry",
-    "BrokenPlugin": "registry",
-}
-"""What users are given and need not import → its module; a reference that is not found may be missing here."""
+CALLS = "What users call"
 
 
 def api() -> str:
     """Return a section for each group of public names, what users call first; no name is left out."""
     groups = dict(generate.GROUPS)
-    calls = "What users call"
-    order = {calls: groups.pop(calls), "What these return": tuple(RETURNED), "Errors": groups.pop("Errors"), **groups}
+    order = {CALLS: groups.pop(CALLS), "What these return": returned(), "Errors": groups.pop("Errors"), **groups}
     grouped = {name for names in order.values() for name in names}
     order["More"] = tuple(name for name in speculators.__all__ if name not in grouped)
     return "".join(
@@ -143,9 +138,37 @@ def api() -> str:
     )
 
 
+def returned() -> tuple[str, ...]:
+    """Name, with their modules, the classes that users are given and need not import: those in annotations."""
+    waiting = [found for found in (getattr(speculators, name) for name in generate.GROUPS[CALLS]) if callable(found)]
+    names: dict[str, None] = {}
+    while waiting:
+        one = waiting.pop(0)
+        texts = list(generate.fields(one).values()) if inspect.isclass(one) else [one.__annotations__["return"]]
+        if inspect.isclass(one):
+            texts += [generate.signature(*method).rpartition("->")[2] for method in generate.methods(one.__name__, one)]
+        for word in dict.fromkeys(re.findall(r"\b[A-Z]\w+", " ".join(texts))):
+            found = meant(word, sys.modules[one.__module__])
+            name = f"{getattr(found, '__module__', '')}.{word}".removeprefix("speculators.")
+            own = inspect.isclass(found) and found.__module__.startswith("speculators.")
+            if own and word not in {*speculators.__all__, *generate.MET} and name not in names:
+                names[name] = None
+                waiting.append(found)
+    return tuple(names)
+
+
+def meant(name: str, module: Any) -> Any:
+    """Return what a name in an annotation means in its module, also one that is imported for the type checker alone."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom) and node.module and any(each.name == name for each in node.names):
+            return getattr(importlib.import_module(node.module), name, None)
+    return getattr(module, name, None)
+
+
 def described(name: str) -> str:
-    """Return the directive that describes a public name."""
-    module = {**RETURNED, **generate.MET, "register_converter": "hookspecs"}.get(name)
+    """Return the directive that describes a public name, or one with its module."""
+    module = {**generate.MET, "register_converter": "hookspecs"}.get(name, "")
+    module, _, name = name.rpartition(".") if "." in name else (module, "", name)
     if name in generate.MODULES:
         imported = importlib.import_module(f"speculators.{generate.MODULES[name]}")  # pydantic wants no TYPE_CHECKING
         return f".. automodule:: {imported.__name__}\n   :members:\n"
@@ -189,6 +212,13 @@ def find_short_name(app: Any, env: Any, node: Any, content: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", known[0], node, content)
 
 
+def leave_builtins(app: Any, page: Any) -> None:
+    """Keep the type ``bytes`` from being taken for a class's attribute of that name."""
+    for node in list(page.findall(lambda each: each.tagname == "pending_xref")):
+        if node.get("reftype") == "class" and hasattr(builtins, node.get("reftarget", "")):
+            node.replace_self(node.children)
+
+
 def as_code(app: Any, ctx: Any, lines: list[str]) -> None:
     """Show options in the text of a command as code, and keep ``org/name@revision`` from being an address of mail."""
     for i, line in enumerate(lines):
@@ -214,4 +244,5 @@ def setup(app: Any) -> None:
     for part in ("description", "options", "arguments"):
         app.connect(f"sphinx-click-process-{part}", as_code)
     app.connect("sphinx-click-process-epilog", show_examples)
+    app.connect("doctree-read", leave_builtins)
     app.connect("missing-reference", find_short_name)
