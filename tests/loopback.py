@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -442,11 +443,25 @@ class _Handler(BaseHTTPRequestHandler):
         if user and self.headers.get("Authorization") != f"Basic {b64encode(user.encode()).decode()}":
             return self.send_all(401, {"WWW-Authenticate": "Basic"}, b"no")
         folder = self.served.folders.get(first)
+        if folder and "list-type=2" in urlsplit(self.path).query:
+            return self.send_bucket(folder)
         file = folder / inside if folder else None
         if file is None or not file.is_file():
             return self.send_all(404, {}, b"nothing here")
         stamp = f'"{file.stat().st_mtime_ns:x}-{file.stat().st_size:x}"'
         return self.send_part(file, {"ETag": stamp} if self.served.etags else {})
+
+    def send_bucket(self, folder: Path) -> None:
+        """List all files of a folder as S3 does it, which drivers ask for."""
+        prefix = parse_qs(urlsplit(self.path).query).get("prefix", [""])[0]
+        files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        rows = "".join(
+            f"<Contents><Key>{name}</Key><Size>{path.stat().st_size}</Size>"
+            f'<ETag>"{path.stat().st_size:x}"</ETag><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>'
+            for name, path in files
+            if name.startswith(prefix)
+        )
+        self.send_all(200, {"Content-Type": "application/xml"}, f"<ListBucketResult>{rows}</ListBucketResult>".encode())
 
     def send_part(self, path: Path, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
@@ -518,6 +533,35 @@ def oid(path: Path) -> str | None:
     if path.name.endswith(LARGE):
         return sha256(path, path.stat().st_mtime_ns)
     return hashlib.sha1(f"blob {path.stat().st_size}\0".encode() + path.read_bytes()).hexdigest()
+
+
+class Proxy:
+    """A proxy on loopback to which every host is one web server, over TLS with the certificate of a context."""
+
+    def __init__(self, served: Server, context: ssl.SSLContext) -> None:
+        handler = type("Handler", (_Handler,), {"served": served})
+
+        class Tunnel(BaseHTTPRequestHandler):
+            def log_message(self, *arguments: Any) -> None:
+                """Print nothing."""
+
+            def do_CONNECT(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                with context.wrap_socket(self.connection, server_side=True) as secured:
+                    handler(secured, self.client_address, served.hub)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Tunnel)
+        self._server.daemon_threads = True
+        Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 @cache

@@ -18,6 +18,7 @@ from checkpoints import Tensors, read_tensors, write_checkpoint
 from installing import TOY, Announce
 from safetensors.torch import load_file, save_file
 from seeded import LADDER, MISTAKES, Mistake, changed, without_original
+from snippets import elsewhere
 
 from speculators import PluginError, Registry, Table, Verifier, convert_model, examples
 from speculators.conformance import CHECKS, Bench, Verdict, judge
@@ -92,6 +93,31 @@ def write_native(folder: Path, layout: str = "safetensors", dtype: torch.dtype =
         "optional": OPTIONAL,
         "dropped": DROPPED,
     }
+
+
+def test_the_script_of_the_page_writes_what_the_original_code_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = write_native(tmp_path / "native")
+    expected = load_file(native["reference"])
+    weights = read_tensors(native["checkpoint"])
+    monkeypatch.chdir(tmp_path)
+    (script,) = elsewhere("test_the_script_of_the_page_writes_what_the_original_code_computes").values()
+
+    exec(
+        script,
+        {
+            "model": Verifier(native["verifier"]).load("cpu"),
+            "layers": (4, 8),
+            "original": lambda embedded, states: original_code(weights, embedded, *states.chunk(2, dim=-1)),
+            "input_ids": expected["input_ids"],
+        },
+    )
+
+    written = load_file(tmp_path / "reference.safetensors")
+    assert expected.keys() - written.keys() == {"draft_token_ids"}
+    for name, tensor in written.items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
 
 
 IN_PROCESSES = ("light", "reproducible")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from installing import TOY, Install
+from snippets import blocks
 
 import speculators
 from speculators import Checkpoint, ConverterSpec, Facts, Registry, convert_model, examples, hookspecs, match, pages
@@ -27,33 +28,10 @@ from speculators.weights import TensorInfo
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def test_ci_runs_the_two_commands_of_the_readme() -> None:
-    setup, tests, *_ = blocks(ROOT / "README.md", "console")
-    script = (ROOT / ".ci" / "run").read_text()
-
-    assert setup in script
-    assert tests in script
-
-
-def test_the_python_example_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-
-    exec(blocks(ROOT / "README.md", "python")[0], {})
-
-    assert capsys.readouterr().out == "layers.0.hidden_norm.weight\nvllm serve converted --skip-tokenizer-init\n"
-
-
-def test_the_examples_of_the_page_on_tables_run(tmp_path: Path) -> None:
+def test_the_examples_of_the_page_on_tables_do_what_it_says(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
-    for block in blocks(ROOT / "docs" / "plugins" / "table.md", "python"):
-        exec(block, found)
+    for block in blocks("docs/plugins/table.md", "python"):
+        exec(block.text, found)
 
     fused = {"layers.0.self_attn.qkv_proj.weight": (8, 4), "layers.0.mlp.gate_proj.weight": (6, 4)}
     fused |= {"layers.0.mlp.up_proj.weight": (6, 4)}
@@ -172,7 +150,7 @@ def test_links_within_the_reference_lead_to_headings() -> None:
 
 
 def test_the_whole_plugin_of_the_reference_converts_its_example(tmp_path: Path, install: Install) -> None:
-    plugin = blocks(ROOT / "docs" / "plugins" / "reference.md", "python")[0]
+    plugin = blocks("docs/plugins/reference.md", "python")[0].text
     registry = install("toy", plugin, version="0.1.0")
     draft, verifier, _ = examples.write_example(registry.get("toy").spec, tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from checkpoints import DATA, TRAINED, VERIFIER, read_tensors
 from click.testing import CliRunner
 from golden import PROMPTS, acceptance
 from safetensors.torch import save_file
+from snippets import blocks, compare, elsewhere
 
 from speculators import AlgorithmError, CheckpointError, OptionError, Verifier, convert_model, validate_model
 from speculators import prompts as prompting
@@ -332,13 +334,17 @@ def test_the_command_draws_acceptance_by_position(converted: Path, tmp_path: Pat
     assert "    draft token 1  ####" in result.output
 
 
-def test_the_command_reports_a_diagnosis(converted: Path) -> None:
+def test_the_command_reports_a_diagnosis(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_config(converted, norm_before_residual=True)
+    (tmp_path / "converted").symlink_to(converted)
+    monkeypatch.chdir(tmp_path)
+    (page, command), *_ = elsewhere("test_the_command_reports_a_diagnosis").items()
 
-    result = CliRunner().invoke(cli, ["validate", str(converted), "--diagnose"])
+    result = CliRunner().invoke(cli, shlex.split(command)[1:])
     facts = json.loads(CliRunner().invoke(cli, ["validate", str(converted), "--diagnose", "--json"]).output)
 
     assert result.exit_code == 4
+    compare(blocks(page, "output")[-1], result.output)
     assert "diagnosis   FAILED  norm_before_residual=false accepts 2." in result.output
     assert re.search(r"norm_before_residual=false +#+ +2\.\d\d  evidently better", result.output)
     assert "Not fit to serve: diagnosis failed" in result.output

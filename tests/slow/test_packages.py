@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VERIFIER, write_checkpoint
+from checkpoints import DATA, VERIFIER, write_checkpoint
+from loopback import Server
+from snippets import SHELL, Shell, blocks, compare, elsewhere
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = {"speculators": ROOT} | {folder.name: folder for folder in sorted((ROOT / "plugins").iterdir())}
@@ -121,44 +122,96 @@ def test_a_plugin_is_not_satisfied_by_the_unrelated_library_of_the_same_name(
                 assert "Requires-Dist: speculators>=1.0\n" in wheel.read(metadata).decode()
 
 
-FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def follow(page: Path, folder: Path, environment: Path) -> None:
+def follow(page: str, folder: Path, environment: Path, **more: str) -> None:
     """Do what a page says: run its commands, write the pieces of its files, compare its outputs."""
-    place, printed = folder, ""
+    shell = Shell(folder, folder.parent / "state", variables(environment, SPECULATORS=str(ROOT), **more))
+    printed = ""
     begun: set[Path] = set()
-    left = folder / "left"
-    variables = os.environ | {
-        "PATH": f"{environment}{os.pathsep}{os.environ['PATH']}",
-        "SPECULATORS": str(ROOT),
-        "LEFT": str(left),
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    variables.pop("PYTHONPATH", None)
-    for language, file, block in FENCE.findall(page.read_text()):
-        if language == "python":
-            target = place / file
-            target.write_text((target.read_text() if target in begun else "") + block)
+    for block in blocks(page):
+        if block.language in SHELL:
+            printed = shell.run(block)
+        elif block.language == "output":
+            compare(block, printed)
+        elif block.language == "python":
+            target = shell.place / block.info
+            target.write_text((target.read_text() if target in begun else "") + block.text)
             begun.add(target)
-        elif language == "output":
-            missing = [line for line in block.splitlines() if line not in printed]
-            assert not missing, f"{missing} not in\n{printed}"
-        else:
-            assert language == "console"
-            ran = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", f'{block}\npwd >"$LEFT"'],
-                cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            )  # fmt: skip
-            assert ran.returncode == 0, f"{block}\n{ran.stdout}"
-            printed, place = ran.stdout, Path(left.read_text().strip())
+
+
+def variables(environment: Path, **more: str) -> dict[str, str]:
+    """Return the variables of somebody who has activated an environment."""
+    path = f"{environment}{os.pathsep}{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **more}
+
+
+def found_at(packages: dict[str, dict[str, Path]]) -> str:
+    """Return where pip finds what was built, as if it were published."""
+    return " ".join(str(built["wheel"].parent) for built in packages.values())
+
+
+def test_a_plugin_is_installed_as_its_page_says(
+    environment: Path, packages: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    published = variables(environment, PIP_FIND_LINKS=found_at(packages), PIP_NO_INDEX="1")
+    for page, command in elsewhere("test_a_plugin_is_installed_as_its_page_says").items():
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=published, check=True)
+
+        assert page.split("/")[1].removeprefix("speculators-") in names(environment)
+
+
+def test_an_author_checks_and_releases_a_plugin(
+    environment: Path, packages: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    """With a wheel of the core as its release, and what it requires from the environment, as torch is large."""
+    subprocess.run([environment / "speculators", "plugins", "new", "toy"], cwd=tmp_path, check=True)
+    (site,) = environment.parent.glob("lib/python*/site-packages")
+    required = tmp_path / "required"
+    required.mkdir()
+    for each in site.iterdir():
+        if not each.name.startswith(("speculators", "__editable__", "_")):
+            (required / each.name).symlink_to(each)
+
+    follow(
+        "docs/plugins/publishing.md",
+        tmp_path / "speculators-toy",
+        environment,
+        PIP_FIND_LINKS=found_at(packages),
+        PYTHONPATH=str(required),
+    )
+
+    (fresh,) = (tmp_path / "speculators-toy" / "fresh").glob("lib/python*/site-packages")
+    assert {"speculators", "speculators_toy"} <= {path.name for path in fresh.iterdir()}
+
+
+def test_a_head_is_read_from_a_bucket(
+    environment: Path, packages: dict[str, dict[str, Path]], server: Server, tmp_path: Path
+) -> None:
+    (command,) = elsewhere("test_a_head_is_read_from_a_bucket").values()
+    run(environment / "pip", "install", "-q", packages["speculators-eagle3"]["wheel"])
+    run(environment / "pip", "install", "-q", "--target", tmp_path / "driver", "s3fs")
+    shutil.copytree(DATA / "eagle3", tmp_path / "bucket" / "heads" / "best")
+    server.folders["bucket"] = tmp_path / "bucket"
+    server.add("meta-llama/Llama-3.1-8B-Instruct", VERIFIER)
+    server.tokens["hf_s3cret"] = set()
+    bucket = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "s3cret"}
+
+    subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=variables(environment, PYTHONPATH=str(tmp_path / "driver"), TOKEN="hf_s3cret", **bucket),
+        check=True,
+    )
+
+    assert (tmp_path / "from-bucket" / "model.safetensors").is_file()
+    assert server.asked("/bucket/heads/best/pytorch_model.bin")
 
 
 def test_the_tutorial_leads_to_the_example_and_back(environment: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tutorial"
     folder.mkdir()
 
-    follow(ROOT / "docs" / "plugins" / "tutorial.md", folder, environment)
+    follow("docs/plugins/tutorial.md", folder, environment)
 
     example = ROOT / "examples" / "speculators-medusa"
     modules = [f"speculators_medusa/{name}.py" for name in ("__init__", "draft", "original")]
@@ -169,7 +222,12 @@ def test_the_tutorial_leads_to_the_example_and_back(environment: Path, tmp_path:
 
 def test_the_example_passes_its_tests_where_it_is_installed(environment: Path, tmp_path: Path) -> None:
     example = ROOT / "examples" / "speculators-medusa"
-    run(environment / "pip", "install", "-q", "-c", ROOT / "constraints.txt", example)
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("examples", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+
+    follow("examples/speculators-medusa/README.md", folder, environment, PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
 
     run(
         environment / "python",

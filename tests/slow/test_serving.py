@@ -13,6 +13,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ import torch
 from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors
 from golden import PROMPTS, acceptance, counts, measured
 from safetensors.torch import load_file, save_file
+from snippets import elsewhere
 
 from speculators import convert_model
 
@@ -445,7 +447,7 @@ except ImportError as error:
 
 @contextmanager
 def server(command: str, folder: Path) -> Iterator[str]:
-    """Run what ``speculators convert`` says, on a free port of loopback; yields its address."""
+    """Run a command in a folder, on a free port of loopback; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -455,6 +457,7 @@ def server(command: str, folder: Path) -> Iterator[str]:
     with log.open("w") as output:
         running = subprocess.Popen(
             [vllm_command, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=engines.environment(VLLM_CPU_KVCACHE_SPACE="1"),
@@ -492,17 +495,84 @@ def counter(address: str, name: str) -> float:
     return float(found[1])
 
 
-def test_the_openai_server_answers_a_completion(speaking: Path, tmp_path: Path) -> None:
-    result = convert_model(DATA / "hass-layernorms", verifier=speaking, output_path=tmp_path / "out")
+def test_the_openai_server_answers_a_completion(
+    speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = convert_model(DATA / "hass-layernorms", verifier=speaking, output_path="converted")
     assert result.serving is not None
+    pages = elsewhere("test_the_openai_server_answers_a_completion")
+    asking = re.sub(r"^vllm serve converted\n", "", pages["docs/serving.md"])
+    assert {result.serving.command, f"{result.serving.command}\n{asking}"} == {*pages.values()}
 
     with server(result.serving.command, tmp_path) as address:
         answer = ask(address, {"prompt": "def __init__(self, ", "max_tokens": 40, "temperature": 0, "ignore_eos": True})
         length = 1 + counter(address, "num_accepted_tokens") / counter(address, "num_drafts")
+        (tmp_path / ".curlrc").write_text(f"connect-to = localhost:8000:{address.removeprefix('http://')}\n")
+        asked = subprocess.run(
+            ["bash", "-c", asking], env={**os.environ, "CURL_HOME": str(tmp_path)}, capture_output=True, check=True
+        )
 
     assert answer["choices"][0]["text"].startswith("self.")
     assert answer["usage"]["completion_tokens"] == 40
     assert length > 2.5
+    assert json.loads(asked.stdout)["usage"]["completion_tokens"] == 64
+
+
+def test_a_verifier_is_served_with_a_draft_beside_it(speaking: Path, tmp_path: Path) -> None:
+    (command,) = elsewhere("test_a_verifier_is_served_with_a_draft_beside_it").values()
+    convert_model(DATA / "eagle1-no-bias", verifier=speaking, output_path=tmp_path / "converted")
+    (tmp_path / "VERIFIER").symlink_to(speaking)
+
+    with server(f"{command} --enforce-eager", tmp_path) as address:
+        answer = ask(address, {"prompt": "def __init__(self, ", "max_tokens": 40, "temperature": 0, "ignore_eos": True})
+        length = 1 + counter(address, "num_accepted_tokens") / counter(address, "num_drafts")
+
+    assert answer["choices"][0]["text"].startswith("self.")
+    assert length > 2.5
+
+
+def test_the_python_of_the_page_counts_drafts(speaking: Path, tmp_path: Path) -> None:
+    (code,) = elsewhere("test_the_python_of_the_page_counts_drafts").values()
+    convert_model(DATA / "eagle1-no-bias", verifier=speaking, output_path=tmp_path / "converted")
+    counting = """
+llm.generate(["def __init__(self, "])
+counts = {each.name: each.value for each in llm.get_metrics() if hasattr(each, "value")}
+open("counts.json", "w").write(json.dumps(counts))
+"""
+    script = f"import json\n\nif __name__ == '__main__':\n{textwrap.indent(code + counting, '    ')}"
+    (tmp_path / "script.py").write_text(script)
+
+    result = subprocess.run(
+        [engines.interpreter("VLLM_PYTHON"), "script.py"],
+        cwd=tmp_path,
+        env=engines.environment(VLLM_CPU_KVCACHE_SPACE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert found["vllm:spec_decode_num_draft_tokens"] == 3 * found["vllm:spec_decode_num_drafts"] > 0
+
+
+def test_what_teaches_vllm_is_installed_beside_it(tmp_path: Path) -> None:
+    """Nothing is fetched: .ci/serve has installed both, the plugin from this checkout."""
+    (command,) = elsewhere("test_what_teaches_vllm_is_installed_beside_it").values()
+    path = f"{engines.interpreter('VLLM_PYTHON').parent}{os.pathsep}{os.environ['PATH']}"
+
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Requirement already satisfied: speculators-eagle" in result.stdout
 
 
 def test_the_server_needs_no_tokenizer(tmp_path: Path) -> None:
