@@ -273,12 +273,16 @@ _ENDED: set[str] = set()
 """Batches of this process whose jobs are to end as soon as they can; in another process it is empty."""
 
 
+def _unheard(outcome: JobOutcome) -> None:
+    """Tell nobody."""
+
+
 def run_jobs(
     jobs: Sequence[Job],
     executor: Executor,
     *,
     token: str | None = None,
-    heard: Callable[[JobOutcome], object] = lambda outcome: None,
+    heard: Callable[[JobOutcome], object] = _unheard,
 ) -> BatchResult:
     """Convert many checkpoints; one that fails keeps no other from being converted.
 

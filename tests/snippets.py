@@ -34,6 +34,15 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "vllm serve converted": f"{SERVED}test_the_openai_server_answers_a_completion",
     },
     "CONTRIBUTING.md": {".ci/run": ".ci/run"},
+    "docs/batch.md": {
+        "speculators convert --from-file docs/batch.yaml --exec": "tests/test_batch.py::test_a_dask_cluster_does_jobs"
+    },
+    "docs/getting-started.md": {
+        "python3 -m venv .venv": ".ci/run",
+        ".venv/bin/pip install": ".ci/run",
+        "vllm serve converted": f"{SERVED}test_the_first_steps_are_served_as_their_page_says",
+        "curl": f"{SERVED}test_the_first_steps_are_served_as_their_page_says",
+    },
     "docs/serving.md": {
         "vllm serve converted": f"{SERVED}test_the_openai_server_answers_a_completion",
         "vllm serve VERIFIER": f"{SERVED}test_a_verifier_is_served_with_a_draft_beside_it",
@@ -117,6 +126,7 @@ STANDS_FOR: dict[str, Make] = {
     "VERIFIER": copy(VERIFIER),
     "prompts.json": write(json.dumps([list(b"def __init__(self, "), list(b"import os\n")])),
     "tests": link(ROOT / "tests"),
+    "docs": link(ROOT / "docs"),
     "examples": link(ROOT / "examples"),
 }
 """What lies in the folder in which a page is followed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import struct
@@ -21,6 +22,7 @@ import pytest
 from checkpoints import DATA, TRAINED, VERIFIER, contents
 from click.testing import CliRunner, Result
 from loopback import Fault, Server, Start, wait_for
+from snippets import elsewhere
 
 from speculators import Job, MismatchError, OptionError, SpeculatorsError, convert_model, executors, read_jobs, run_jobs
 from speculators.cli import cli
@@ -228,8 +230,11 @@ def test_a_dask_cluster_does_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     jobs = [{**each, "verifier": str(VERIFIER)} for each in all_of_them(tmp_path)[2:5]]
     file = write(tmp_path / "jobs.json", jobs)
 
+    (line,) = elsewhere("test_a_dask_cluster_does_jobs").values()
+
     with cluster(tmp_path / "dask") as address:
-        result = command("--from-file", file, "--executor", "dask", "--scheduler", address, "--json", "--no-validate")
+        told = line.replace("docs/batch.yaml", str(file)).replace("tcp://scheduler:8786", address)
+        result = command(*shlex.split(told)[2:], "--json", "--no-validate")
         monkeypatch.chdir(tmp_path)
         relative = command("--from-file", file, "--executor", "dask", "--scheduler", address, "--cache-dir", "cache")
 

@@ -519,6 +519,22 @@ def test_the_openai_server_answers_a_completion(
     assert json.loads(asked.stdout)["usage"]["completion_tokens"] == 64
 
 
+def test_the_first_steps_are_served_as_their_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(DATA.parent)
+    convert_model("tests/data/eagle3", verifier="tests/data/verifier", output_path="converted")
+    (page,) = elsewhere("test_the_first_steps_are_served_as_their_page_says").values()
+    serving, asking = page.split("\n", 1)
+
+    with server(serving, tmp_path) as address:
+        (tmp_path / ".curlrc").write_text(f"connect-to = localhost:8000:{address.removeprefix('http://')}\n")
+        asked = subprocess.run(
+            ["bash", "-c", asking], env={**os.environ, "CURL_HOME": str(tmp_path)}, capture_output=True, check=True
+        )
+
+    assert len(json.loads(asked.stdout)["choices"][0]["token_ids"]) == 32
+
+
 def test_a_verifier_is_served_with_a_draft_beside_it(speaking: Path, tmp_path: Path) -> None:
     (command,) = elsewhere("test_a_verifier_is_served_with_a_draft_beside_it").values()
     convert_model(DATA / "eagle1-no-bias", verifier=speaking, output_path=tmp_path / "converted")
