@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import AlgorithmName, algorithm_kwargs, examples, reaching, refuse_clashes
+from speculators.cli.options import (
+    DEVICE,
+    DTYPE,
+    FOLDER,
+    LEVEL,
+    SOURCE,
+    AlgorithmName,
+    Word,
+    algorithm_kwargs,
+    examples,
+    reaching,
+    refuse_clashes,
+)
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.cli.validate import report_blocks
 from speculators.registry import AUTO
@@ -47,14 +59,16 @@ ARGUMENTS = frozenset(
 @click.command(
     epilog=examples(
         """
-        speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
-        speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
-        speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
+        speculators convert ./head --verifier ./base
+        speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
+            --verifier meta-llama/Llama-3.1-8B-Instruct --output-path eagle3
+        speculators convert ./head --verifier ./base \\
+            --algorithm-kwargs '{"norm_before_residual": true}'
         speculators convert --list-algorithms
         """
     )
 )
-@click.argument("model", required=False)
+@click.argument("model", type=SOURCE, required=False)
 @click.option(
     "--algorithm",
     type=AlgorithmName(AUTO),
@@ -62,9 +76,13 @@ ARGUMENTS = frozenset(
     show_default=True,
     help="What trained MODEL; auto lets the plugins look.",
 )
-@click.option("--verifier", help="Base model that MODEL drafts for; completes and validates it. Required.")
-@click.option("--output-path", default="converted", show_default=True, help="Folder of the converted model.")
-@click.option("--validate-device", default="cpu", show_default=True, help="Torch device of the validation.")
+@click.option("--verifier", type=SOURCE, help="Base model that MODEL drafts for; required.")
+@click.option(
+    "--output-path", type=FOLDER, default="converted", show_default=True, help="Where the converted model goes."
+)
+@click.option(
+    "--validate-device", type=DEVICE, default="cpu", show_default=True, help="Torch device of the validation."
+)
 @click.option(
     "--validate/--no-validate",
     "-validate/-no-validate",
@@ -73,11 +91,17 @@ ARGUMENTS = frozenset(
     help="Check the result before it appears.",
 )
 @click.option(
-    "--validate-level", default="forward", show_default=True, help="How far: structure, forward or acceptance."
+    "--validate-level",
+    type=LEVEL,
+    default="forward",
+    show_default=True,
+    help="How far: structure, forward or acceptance.",
 )
 @algorithm_kwargs("Options of the algorithm as a JSON object; --list-algorithms shows them.")
-@click.option("--dtype", help="Cast floating tensors, e.g. to float16; as stored by default.")
-@click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
+@click.option("--dtype", type=DTYPE, help="Cast floating tensors, e.g. to float16; as stored by default.")
+@click.option(
+    "--max-shard-size", type=Word("size"), help="Most bytes of tensors per file, e.g. 5GB; one file by default."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
 @click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
 @reaching
@@ -91,7 +115,7 @@ def convert(
     list_algorithms: bool,
     **arguments: Any,
 ) -> None:
-    """Convert the draft checkpoint MODEL into the speculators format.
+    """Convert the draft checkpoint MODEL to the speculators format.
 
     MODEL and VERIFIER are local paths, Hugging Face IDs (org/name@revision:folder) or URLs.
     """
@@ -121,7 +145,7 @@ def blocks(result: ConversionResult) -> Iterator[Block]:
     yield Line(f"Converted {result.source} with {result.algorithm} ({result.package})")
     changed = {source: target for source, target in result.renamed.items() if source != target}
     yield _pairs("renamed", ("from", "to"), changed, " -> ")
-    yield _pairs("kept", ("name", ""), {source: "" for source, target in result.renamed.items() if source == target})
+    yield _pairs("kept", ("", ""), {source: "" for source, target in result.renamed.items() if source == target})
     yield _pairs(
         "cut or joined", ("from", "to"), {name: ", ".join(made) for name, made in result.reworked.items()}, " -> "
     )
@@ -203,5 +227,5 @@ def _algorithm_blocks(facts: Mapping[str, Any]) -> list[Block]:
         Line(f"{facts['name']}{known_as}: {facts['summary']}", style="bold"),
         Line(f"{screens.INDENT}{facts['reference']}"),
         Line(f"{screens.INDENT}from {facts['package']} {facts['version']}"),
-        Table("options", ("option", "type", "default", "what it is for"), rows),
+        Table("options", ("option", "type", "", "what it is for"), rows),
     ]
