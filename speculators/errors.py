@@ -206,5 +206,11 @@ def explained(error: Exception) -> tuple[str, int]:
             return f"Error: {printable(found)}", SpeculatorsError.exit_code
     from speculators import __version__
 
-    lines = "".join(traceback.format_exception(error))
-    return f"{lines}This is a bug of speculators {__version__}; please report it with the lines above", BUG
+    return f"{traced(error)}This is a bug of speculators {__version__}; please report it with the lines above", BUG
+
+
+def traced(error: BaseException) -> str:
+    """Return where an error comes from, through all its causes, without secrets."""
+    from speculators.sources.locations import redacted_text
+
+    return printable(redacted_text("".join(traceback.format_exception(error))))

@@ -314,7 +314,7 @@ def test_the_command_prints_a_verdict_and_sets_the_exit_code(converted: Path) ->
 
     assert passed.exit_code == 0
     assert passed.output == (
-        "files      passed  2 files with the sizes that provenance.json says\n"
+        "files      passed  3 files with the sizes that provenance.json says\n"
         "structure  passed  15 tensors with the names, shapes and dtypes that config.json requires\n"
         "Everything that was checked is right\n"
     )

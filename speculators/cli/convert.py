@@ -12,7 +12,19 @@ import click
 
 from speculators.cli import screen as screens
 from speculators.cli.batch import from_file
-from speculators.cli.options import AlgorithmName, algorithm_kwargs, examples, reaching, refuse_clashes
+from speculators.cli.options import (
+    DEVICE,
+    DTYPE,
+    FOLDER,
+    LEVEL,
+    SOURCE,
+    AlgorithmName,
+    Word,
+    algorithm_kwargs,
+    examples,
+    reaching,
+    refuse_clashes,
+)
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.cli.validate import report_blocks
 from speculators.errors import PublishError
@@ -52,17 +64,20 @@ ARGUMENTS = frozenset(
 @click.command(
     epilog=examples(
         """
-        speculators convert ./EAGLE3-head --algorithm eagle3 --verifier ./Llama-3.1-8B-Instruct
-        speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --verifier meta-llama/Llama-3.1-8B-Instruct
-        speculators convert ./head --verifier ./base --algorithm-kwargs '{"norm_before_residual": true}'
+        speculators convert ./head --verifier ./base
+        speculators convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
+            --verifier meta-llama/Llama-3.1-8B-Instruct --output-path eagle3
+        speculators convert ./head --verifier ./base \\
+            --algorithm-kwargs '{"norm_before_residual": true}'
         speculators convert ./head --verifier ./base --dry-run
-        speculators convert ./head --verifier meta-llama/Llama-3.1-8B-Instruct --push-to-hub my-org/my-head --private
+        speculators convert ./head --verifier meta-llama/Llama-3.1-8B-Instruct \\
+            --push-to-hub my-org/my-head --private
         speculators convert --from-file jobs.yaml --jobs 2
         speculators convert --list-algorithms
         """
     )
 )
-@click.argument("model", required=False)
+@click.argument("model", type=SOURCE, required=False)
 @click.option(
     "--algorithm",
     type=AlgorithmName(AUTO),
@@ -70,9 +85,13 @@ ARGUMENTS = frozenset(
     show_default=True,
     help="What trained MODEL; auto lets the plugins look.",
 )
-@click.option("--verifier", help="Base model that MODEL drafts for; completes and validates it. Required.")
-@click.option("--output-path", default="converted", show_default=True, help="Folder of the converted model.")
-@click.option("--validate-device", default="cpu", show_default=True, help="Torch device of the validation.")
+@click.option("--verifier", type=SOURCE, help="Base model that MODEL drafts for; required.")
+@click.option(
+    "--output-path", type=FOLDER, default="converted", show_default=True, help="Where the converted model goes."
+)
+@click.option(
+    "--validate-device", type=DEVICE, default="cpu", show_default=True, help="Torch device of the validation."
+)
 @click.option(
     "--validate/--no-validate",
     "-validate/-no-validate",
@@ -81,11 +100,17 @@ ARGUMENTS = frozenset(
     help="Check the result before it appears.",
 )
 @click.option(
-    "--validate-level", default="forward", show_default=True, help="How far: structure, forward or acceptance."
+    "--validate-level",
+    type=LEVEL,
+    default="forward",
+    show_default=True,
+    help="How far: structure, forward or acceptance.",
 )
 @algorithm_kwargs("Options of the algorithm as a JSON object; --list-algorithms shows them.")
-@click.option("--dtype", help="Cast floating tensors, e.g. to float16; as stored by default.")
-@click.option("--max-shard-size", help="Most bytes of tensors per file, e.g. 5GB; one file by default.")
+@click.option("--dtype", type=DTYPE, help="Cast floating tensors, e.g. to float16; as stored by default.")
+@click.option(
+    "--max-shard-size", type=Word("size"), help="Most bytes of tensors per file, e.g. 5GB; one file by default."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a converted model at the output path.")
 @click.option("--self-contained", is_flag=True, help="Write what drafts share with the verifier, too.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, tensor by tensor, and write nothing.")
@@ -104,7 +129,7 @@ def convert(
     list_algorithms: bool,
     **arguments: Any,
 ) -> None:
-    """Convert the draft checkpoint MODEL into the speculators format.
+    """Convert the draft checkpoint MODEL to the speculators format.
 
     MODEL and VERIFIER are local paths, Hugging Face IDs (org/name@revision:folder) or URLs.
     """
@@ -144,12 +169,9 @@ def as_json(result: ConversionResult) -> dict[str, Any]:
 def blocks(result: ConversionResult) -> Iterator[Block]:
     """Say what was done with each tensor, how the result was checked, and how it is served."""
     yield Line(f"Converted {result.source} with {result.algorithm} ({result.package})")
-    changed = {source: target for source, target in result.renamed.items() if source != target}
-    yield _pairs("renamed", ("from", "to"), changed, " -> ")
-    yield _pairs("kept", ("name", ""), {source: "" for source, target in result.renamed.items() if source == target})
-    yield _pairs(
-        "cut or joined", ("from", "to"), {name: ", ".join(made) for name, made in result.reworked.items()}, " -> "
-    )
+    yield _moved("renamed", {source: target for source, target in result.renamed.items() if source != target})
+    yield _pairs("kept", ("", ""), {source: "" for source, target in result.renamed.items() if source == target})
+    yield _moved("cut or joined", {name: ", ".join(made) for name, made in result.reworked.items()})
     yield _pairs("left out", ("name", "why"), result.dropped)
     yield _pairs("completed", ("name", "with"), result.completed)
     yield from (Line(f"note: {note}") for note in result.notes)
@@ -233,8 +255,12 @@ def serving_blocks(serving: Instructions) -> Iterator[Block]:
         yield Line(serving.note)
 
 
-def _pairs(title: str, columns: tuple[str, str], entries: Mapping[str, str], joint: str = ": ") -> Table:
-    return Table(title, columns, sorted(entries.items()), joint)
+def _moved(title: str, entries: Mapping[str, str]) -> Table:
+    return Table(title, ("",), [(f"{source} -> {target}",) for source, target in sorted(entries.items())])
+
+
+def _pairs(title: str, columns: tuple[str, str], entries: Mapping[str, str]) -> Table:
+    return Table(title, columns, sorted(entries.items()), joint=": ")
 
 
 def _list_algorithms(screen: Screen) -> None:
@@ -288,5 +314,5 @@ def _algorithm_blocks(facts: Mapping[str, Any]) -> list[Block]:
         Line(f"{facts['name']}{known_as}: {facts['summary']}", style="bold"),
         Line(f"{screens.INDENT}{facts['reference']}"),
         Line(f"{screens.INDENT}from {facts['package']} {facts['version']}"),
-        Table("options", ("option", "type", "default", "what it is for"), rows),
+        Table("options", ("option", "type", "", "what it is for"), rows),
     ]

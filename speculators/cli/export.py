@@ -49,8 +49,8 @@ def export(screen: Screen, converted: str, **arguments: Any) -> None:
 def _blocks(result: ExportResult) -> Iterator[Block]:
     yield Line(f"Exported {result.source} to the native layout of {result.algorithm}")
     written = sorted((", ".join(made), name) for name, made in result.written.items())
-    yield Table("renamed", ("from", "to"), [(old, new) for old, new in written if old != new], joint=" -> ")
-    yield Table("kept", ("name",), [(new,) for old, new in written if old == new])
+    yield Table("renamed", ("",), [(f"{old} -> {new}",) for old, new in written if old != new])
+    yield Table("kept", ("",), [(new,) for old, new in written if old == new])
     yield Table("restored", ("name", "from"), sorted(result.restored.items()), joint=": ")
     yield Table("not there any more", ("name", "why"), sorted(result.missing.items()), joint=": ")
     rounded = [(name, f"was {dtype}, the conversion rounded it") for name, dtype in sorted(result.rounded.items())]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -42,7 +44,47 @@ class AlgorithmName(click.ParamType):  # type: ignore[type-arg] # generic since 
         """List the installed algorithms, without importing any, that begin like what was typed."""
         from speculators.registry import Registry
 
-        return [CompletionItem(name) for name in (*self.more, *Registry().names) if name.startswith(incomplete)]
+        installed: list[str] = []
+        with suppress(Exception):  # of packages that are damaged; commands say what is wrong with them
+            installed = Registry().names
+        return [CompletionItem(name) for name in (*self.more, *installed) if name.startswith(incomplete)]
+
+
+class Word(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3 only
+    """Any text, of which a shell completes the usual ones; which of them are right is for the library to say."""
+
+    def __init__(self, name: str, *usual: str) -> None:
+        self.name = name
+        self.usual = usual
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """List those of the usual words that begin like what was typed."""
+        return [CompletionItem(word) for word in self.usual if word.startswith(incomplete)]
+
+
+class Place(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3 only
+    """Where something lies: a path, of which a shell completes those that are here, or a name of somewhere else.
+
+    Args:
+        name: What help calls it.
+        kind: ``"dir"`` where only folders will do, else ``"file"``.
+    """
+
+    def __init__(self, name: str, kind: str = "file") -> None:
+        self.name = name
+        self.kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell list what is here."""
+        return [CompletionItem(incomplete, type=self.kind)]
+
+
+SOURCE = Place("source")
+FOLDER = Place("folder", "dir")
+FILE = Place("file")
+LEVEL = Word("level", "structure", "forward", "acceptance")
+DEVICE = Word("device", "cpu", "cuda", "mps", "xpu")
+DTYPE = Word("dtype", "bfloat16", "float16", "float32", "float64")
 
 
 def algorithm_kwargs(text: str) -> Callable[[Command], Command]:
@@ -54,10 +96,14 @@ def reaching(command: Command) -> Command:
     """Add the options that say how places on other machines are reached."""
     options = (
         click.option(
-            "--token", envvar="SPECULATORS_TOKEN", help="Token for the Hub; that of HF_TOKEN or of a login by default."
+            "--token",
+            type=Word("token"),
+            envvar="SPECULATORS_TOKEN",
+            help="Token for the Hub; that of HF_TOKEN or of a login by default.",
         ),
         click.option(
             "--cache-dir",
+            type=FOLDER,
             envvar="SPECULATORS_CACHE_DIR",
             help="Where downloads are kept; huggingface_hub's cache by default.",
         ),
@@ -81,5 +127,5 @@ def refuse_clashes(algorithm_kwargs: Mapping[str, Any], arguments: frozenset[str
 
 
 def examples(text: str) -> str:
-    """Return the epilog of a command: commands that can be typed, one a line."""
-    return "\n".join(["\b", "Examples:", *(f"  {line.strip()}" for line in text.strip().split("\n"))])
+    """Return the epilog of a command: commands that can be typed, also where they go on behind a backslash."""
+    return "\n".join(["\b", "Examples:", *textwrap.indent(textwrap.dedent(text).strip(), "  ").split("\n")])

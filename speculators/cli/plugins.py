@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import AlgorithmName, examples
+from speculators.cli.options import FOLDER, AlgorithmName, examples
+from speculators.cli.running import InOrder
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.errors import ValidationError, printable
 
@@ -18,9 +19,14 @@ if TYPE_CHECKING:
     from speculators.conformance import Verdict
     from speculators.registry import Registry, Standing
 
+STYLES = {"ready": "bold", "broken": "bold red", "not loaded": "dim"}
+"""State of a plugin → how a terminal shows its name."""
+
 
 @click.group(
+    cls=InOrder,
     invoke_without_command=True,
+    short_help="List the installed plugins, check one, write a new one.",
     epilog=examples(
         """
         speculators plugins
@@ -61,7 +67,10 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 @click.argument("name", type=AlgorithmName())
 @screens.manners
 def check(screen: Screen, name: str) -> None:
-    """Check whether the installed plugin NAME keeps what the interface promises, on the example that it brings."""
+    """Check whether the plugin NAME keeps what it must.
+
+    It is held to what the interface promises, on the example that it brings.
+    """
     import tempfile
     from pathlib import Path
 
@@ -95,9 +104,12 @@ def check(screen: Screen, name: str) -> None:
     )
 )
 @click.argument("name", type=AlgorithmName())
-@click.option("--output-path", default="example", show_default=True, help="Folder of draft and verifier.")
+@click.option("--output-path", type=FOLDER, default="example", show_default=True, help="Where draft and verifier go.")
 def example(name: str, output_path: str) -> None:
-    """Write the tiny checkpoint that the plugin NAME brings as an example, and its verifier, to try conversions."""
+    """Write the tiny checkpoint that the plugin NAME brings.
+
+    It is an example to try conversions on, and comes with its verifier.
+    """
     from speculators.examples import place_example
     from speculators.registry import Registry
 
@@ -114,9 +126,12 @@ def example(name: str, output_path: str) -> None:
     )
 )
 @click.argument("name")
-@click.option("--output-path", help="Folder of the package; speculators-NAME by default.")
+@click.option("--output-path", type=FOLDER, help="Where the package goes; speculators-NAME by default.")
 def new(name: str, output_path: str | None) -> None:
-    """Write a package that adds the algorithm NAME: complete, tested, and to be changed step by step."""
+    """Write a package that adds the algorithm NAME.
+
+    It is complete and tested, and to be changed step by step.
+    """
     from pathlib import Path
 
     from speculators import scaffold
@@ -136,7 +151,10 @@ def new(name: str, output_path: str | None) -> None:
 )
 @click.argument("name", type=AlgorithmName())
 def page(name: str) -> None:
-    """Print what the plugin NAME says about itself as a page in Markdown: table, options, quirks."""
+    """Print a page in Markdown about the plugin NAME.
+
+    It is what the plugin says about itself: table, options, quirks.
+    """
     from speculators.pages import page as described_page
     from speculators.registry import Registry
 
@@ -148,7 +166,9 @@ def _listing(registry: Registry) -> Iterator[Block]:
 
     for each in registry.standings:
         known_as = f" (also {', '.join(each.aliases)})" if each.aliases else ""
-        yield Line(f"{each.name}{known_as}: {each.state}{f', {each.reason}' if each.reason else ''}")
+        yield Line(
+            f"{each.name}{known_as}: {each.state}{f', {each.reason}' if each.reason else ''}", STYLES[each.state]
+        )
         yield Line(f"    from {each.package} {each.version}{f' in {each.folder}' if each.folder else ''}")
         yield Line(f"    entry point {each.entry_point}")
     if not registry.standings:

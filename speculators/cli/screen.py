@@ -12,18 +12,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from speculators.errors import printable
-from speculators.progress import Progress, on_terminal, unheard
+from speculators.progress import Progress, on_terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.text import Text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,14 +32,26 @@ INDENT = "    "
 
 STYLES: Mapping[str, str] = {
     "passed": "green",
+    "ready": "green",
     "converted": "green",
     "skipped": "dim",
-    "ready": "green",
     "FAILED": "bold red",
     "failed": "bold red",
     "broken": "bold red",
 }
 """Words that a cell may consist of, and how a terminal shows them."""
+
+LABELS: Mapping[str, str] = {"Error:": "bold red", "Warning:": "yellow", "note:": "bold"}
+"""Words that a line may begin with, and how a terminal shows them."""
+
+COMMAND = "speculators.command"
+"""Under which a click context's ``meta`` holds the context of the command that runs."""
+
+MANNERS = frozenset({"quiet", "verbose", "as_json"})
+"""Names of the options that change what is seen, and nothing else."""
+
+TALKATIVE = ("speculators", "huggingface_hub")
+"""Loggers of what is told where each step was asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,37 +107,46 @@ class Screen:
         if self.as_json:
             click.echo(json.dumps({"schema": f"speculators.{document}", **content}, indent=2))
         elif _is_terminal(sys.stdout):
-            console = _console()
-            for block in blocks:
-                console.print(_rich(block), soft_wrap=isinstance(block, Line))
+            _print(blocks)
         else:
             click.echo("\n".join(line for block in blocks for line in plain(block)))
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """Show on standard error what is being done: bars on a terminal, lines where each step was asked for."""
-        if self.verbose and not self.quiet:
-            yield _Steps()
+        if self.verbose:
+            steps = _Steps()
+            yield steps
+            steps.end_last()
         else:
             with on_terminal(self.quiet) as shown:
-                yield shown if not self.quiet else unheard
+                yield shown
 
 
 class _Steps:
     """Says on standard error when a step begins, and how long it took."""
 
     def __init__(self) -> None:
-        self._task = ""
-        self._began = time.monotonic()
+        self._began: dict[str, float] = {}
+        self._last = ""
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        if task != self._task:
-            self._task, self._began = task, time.monotonic()
-            click.echo(printable(f"{task} ..."), err=True)
+        if task not in self._began:
+            self.end_last()
+            self._last = "" if total else task
+            self._began[task] = time.monotonic()
+            tell(printable(f"{task} ..."))
         if total and done >= total:
-            size = f"{total / 1e6:.1f} MB"
-            click.echo(printable(f"{task}: {size} in {time.monotonic() - self._began:.1f} s"), err=True)
-            self._task = ""
+            self._end(task, f"{size(total)} in ")
+
+    def end_last(self) -> None:
+        """End the step of which nobody knew how much there is to do, if there is one: another one begins."""
+        if self._last:
+            self._end(self._last)
+            self._last = ""
+
+    def _end(self, task: str, amount: str = "") -> None:
+        tell(printable(f"{task}: {amount}{time.monotonic() - self._began.pop(task):.1f} s"))
 
 
 def manners(command: Command) -> Command:
@@ -133,20 +154,48 @@ def manners(command: Command) -> Command:
 
     @wraps(command)
     def polite(*arguments: Any, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> Any:
-        if verbose:
-            logging.getLogger().setLevel(logging.INFO)
-        return command(Screen(quiet, verbose, as_json), *arguments, **options)
+        ctx = click.get_current_context()
+        if quiet and verbose:
+            quiet, verbose = (_was_typed(ctx, name) for name in ("quiet", "verbose"))
+            if quiet == verbose:
+                raise click.UsageError("--quiet and --verbose contradict each other; take one of them")
+        ctx.params |= {"quiet": quiet, "verbose": verbose}
+        ctx.meta[COMMAND] = ctx
+        with _talkative() if verbose else nullcontext():
+            return command(Screen(quiet, verbose, as_json), *arguments, **options)
 
     decorated: Any = polite
     options = (
-        click.option("--quiet", is_flag=True, envvar="SPECULATORS_QUIET", help="Show no progress."),
-        click.option("--verbose", is_flag=True, envvar="SPECULATORS_VERBOSE", help="Say what is done, step by step."),
+        click.option(
+            "--quiet", is_flag=True, envvar="SPECULATORS_QUIET", help="Show no progress; warnings and errors stay."
+        ),
+        click.option(
+            "--verbose", is_flag=True, envvar="SPECULATORS_VERBOSE", help="Say each step, and where errors come from."
+        ),
         click.option("--json", "as_json", is_flag=True, envvar="SPECULATORS_JSON", help="Print the result as JSON."),
     )
     for option in reversed(options):
         decorated = option(decorated)
     result: Command = decorated
     return result
+
+
+def _was_typed(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+
+@contextmanager
+def _talkative() -> Iterator[None]:
+    import huggingface_hub  # noqa: F401 - it sets its level when it is imported
+
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in TALKATIVE}
+    for logger in levels:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def plain(block: Block) -> list[str]:
@@ -163,39 +212,66 @@ def plain(block: Block) -> list[str]:
     return lines
 
 
-def _rich(block: Block) -> RenderableType:
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    if isinstance(block, Line):
-        return Text(printable(block.text), style=block.style)
-    if not block.rows:
-        return Text(end="")
-    headed = any(block.columns)
-    grid = Grid(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(block.columns):
-        grid.add_column(heading, justify="right" if number in block.right else "left", overflow="fold")
-    for row in block.rows:
-        grid.add_row(*(_cell(cell) for cell in row))
-    return Group(Text(printable(block.title), style="bold"), grid) if block.title else grid
-
-
-def _cell(text: str) -> Text:
-    from rich.text import Text
-
-    return Text(printable(text), style=STYLES.get(text, ""))
-
-
 def _is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def _console() -> Console:
+def _print(blocks: Iterable[Block], err: bool = False) -> None:
+    """Print blocks on a terminal, tables set apart by blank lines; those without rows are left out."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(stderr=err, highlight=False)
+    apart, blank = False, True
+    for block in blocks:
+        table = isinstance(block, Table)
+        shown = _table(block) if isinstance(block, Table) else _line(block)
+        if shown is None:
+            continue
+        empty = block == Line()
+        if (table or apart) and not blank and not empty:
+            console.print()
+        typed = isinstance(block, Line) and block.text.startswith(INDENT)  # to be copied, so the terminal breaks it
+        console.print(shown, soft_wrap=typed)
+        apart, blank = table, empty
+
+
+def _line(block: Line) -> Text:
+    from rich.text import Text
+
+    shown = Text(printable(block.text), style=block.style)
+    label = next((label for label in LABELS if block.text.startswith(label)), "")
+    shown.stylize(LABELS.get(label, ""), 0, len(label))
+    return shown
+
+
+def _table(block: Table) -> RenderableType | None:
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    used = [number for number in range(len(block.columns)) if any(row[number] for row in block.rows)]
+    if not used:
+        return None
+    headed = any(block.columns[number] for number in used)
+    grid = Grid(box=box.SIMPLE_HEAD if headed else None, show_header=headed, show_edge=False, pad_edge=False)
+    for number in used:
+        justify: Literal["left", "right"] = "right" if number in block.right else "left"
+        grid.add_column(printable(block.columns[number]), justify=justify, overflow="fold")
+    for row in block.rows:
+        grid.add_row(*(Text(printable(row[number]), style=STYLES.get(row[number], "")) for number in used))
+    if not block.title:
+        return grid
+    return Group(Text(printable(block.title), style="bold"), Padding(grid, (0, 0, 0, 2)))
+
+
+def tell(text: str) -> None:
+    """Print a message on standard error; on a terminal it breaks between words, and its label is coloured."""
+    if _is_terminal(sys.stderr) and not hasattr(sys.stderr, "rich_proxied_file"):  # which bars would overwrite
+        _print([Line(text)], err=True)
+    else:
+        click.echo(text, err=True)
 
 
 def count(number: int, noun: str) -> str:

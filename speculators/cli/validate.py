@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import algorithm_kwargs, examples, reaching, refuse_clashes
+from speculators.cli.options import DEVICE, FILE, LEVEL, SOURCE, algorithm_kwargs, examples, reaching, refuse_clashes
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.errors import ValidationError
 
@@ -43,20 +43,24 @@ ARGUMENTS = frozenset(
         """
         speculators validate converted
         speculators validate converted --source ./EAGLE3-head
-        speculators validate converted --level acceptance --prompts prompts.json --device cuda
+        speculators validate converted --prompts prompts.json --device cuda
         speculators validate converted --diagnose --device cuda
         """
     )
 )
-@click.argument("path")
-@click.option("--verifier", help="Base model; the one that the config of PATH names by default.")
-@click.option("--source", help="Native checkpoint that PATH was made from; both must compute the same.")
+@click.argument("path", type=SOURCE)
+@click.option("--verifier", type=SOURCE, help="Base model; the one that the config of PATH names by default.")
+@click.option("--source", type=SOURCE, help="Native checkpoint that PATH was made from; both must compute the same.")
 @algorithm_kwargs("Options with which --source was converted, as JSON.")
-@click.option("--device", default="cpu", show_default=True, help="Torch device of forward and acceptance.")
+@click.option("--device", type=DEVICE, default="cpu", show_default=True, help="Torch device of forward and acceptance.")
 @click.option(
-    "--level", help="structure, forward or acceptance; forward by default, acceptance with --prompts or --diagnose."
+    "--level",
+    type=LEVEL,
+    help="structure, forward or acceptance; forward by default, acceptance with --prompts or --diagnose.",
 )
-@click.option("--prompts", help="File of prompts for acceptance, text or token ids; some are made up by default.")
+@click.option(
+    "--prompts", type=FILE, help="File of prompts for acceptance, text or token ids; some are made up by default."
+)
 @click.option("--diagnose", is_flag=True, help="Find out with which options the checkpoint was trained.")
 @reaching
 @screens.manners
@@ -69,7 +73,7 @@ def validate(
     algorithm_kwargs: dict[str, Any],
     **arguments: Any,
 ) -> None:
-    """Check the converted model PATH: structure, forward, acceptance."""
+    """Check the converted model PATH, up to its acceptance."""
     refuse_clashes(algorithm_kwargs, ARGUMENTS)
     from speculators import prompts as prompting
     from speculators.validation import validate_model
@@ -97,7 +101,7 @@ def report_blocks(report: Report) -> Iterator[Block]:
     if report.acceptance is not None:
         yield Table(
             "accepted by position",
-            ("draft token", "", "rate"),
+            ("", "", ""),
             [(f"draft token {n}", _bar(rate), f"{rate:.3f}") for n, rate in enumerate(report.acceptance.rates, 1)],
             padded=2,
         )
@@ -111,7 +115,7 @@ def report_blocks(report: Report) -> Iterator[Block]:
         )
         for trial in report.trials
     ]
-    yield Table("tried instead", ("option", "", "tokens per step", "verdict"), trials, padded=2)
+    yield Table("tried instead", ("option", "", "tokens per step", "verdict"), trials, padded=2, right=frozenset({2}))
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
         yield Line(f"Not fit to serve: {', '.join(failed)} failed", style="bold red")

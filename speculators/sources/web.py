@@ -195,8 +195,9 @@ def keep_secrets_from_logs() -> None:
     client = http_error().__module__.partition(".")[0]
     core = client.replace("httpx", "httpcore")
     parts = (f"{core}.{part}" for part in ("connection", "http11", "http2", "proxy", "socks"))
-    for name in (client, *parts, "huggingface_hub.utils._http"):
-        logging.getLogger(name).addFilter(_NO_SECRETS)  # which adds it once only
+    loggers = [logging.getLogger(name) for name in (client, *parts, "huggingface_hub.utils._http")]
+    for each in (*loggers, *logging.getLogger("huggingface_hub").handlers):
+        each.addFilter(_NO_SECRETS)  # which adds it once only
 
 
 def http_error() -> type[Exception]:
