@@ -35,7 +35,7 @@ myst_heading_anchors = 6
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of third parties and of the standard library, whose pages would have to be fetched.
-    (r"py:.*", r"(_pytest|collections|importlib|pathlib|re|threading|types|typing|typing_extensions)\..*"),
+    (r"py:.*", r"(_pytest|collections|concurrent|importlib|pathlib|re|threading|types|typing|typing_extensions)\..*"),
     (r"py:.*", r"(nn|np|numpy|pydantic|torch)\..*"),
     (r"py:.*", r"(JsonValue|NDArray|Path|PluginManager|PluginManager\.register|PreTrainedModel)"),
     # The core's own, which stand in signatures and need not be known.
@@ -77,6 +77,8 @@ NAVIGATION: dict[str, dict[str, tuple[str, ...]]] = {
             "/docs/serving",
             "/docs/exporting",
             "/docs/diff",
+            "/docs/batch",
+            "/docs/publishing-models",
             "/docs/faq",
         ),
         "Look it up": (

@@ -299,7 +299,7 @@ def run_jobs(
     Raises:
         OptionError: Two jobs would write to one place; nothing was started.
         KeyboardInterrupt: Somebody interrupted it. Jobs that were not begun are cancelled; those that run end early
-            on `Processes` and threads, and by themselves elsewhere. What was finished stays.
+            on ``Processes`` and threads, and by themselves elsewhere. What was finished stays.
     """
     _require_apart(jobs)
     batch = uuid.uuid4().hex
