@@ -292,7 +292,7 @@ def known_packages() -> list[str]:
     from packaging.requirements import Requirement
 
     requirements = map(Requirement, importlib.metadata.requires("speculators") or [])
-    return sorted(each.name for each in requirements if each.marker and "extra" in str(each.marker))
+    return sorted(each.name for each in requirements if each.marker and each.marker.evaluate({"extra": "all"}))
 
 
 def _wrong_name(name: str) -> str:

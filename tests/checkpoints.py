@@ -42,6 +42,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def unrecorded(folder: Path) -> Path:
+    """An output like another writer's, which says nothing of what it was made from."""
+    for name in ("provenance.json", "native_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
 def weights(folder: Path) -> bytes:
     """Read the weight file of an output."""
     return (folder / "model.safetensors").read_bytes()

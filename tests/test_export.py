@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DATA, TRAINED, VERIFIER, Copy, contents, read_tensors, write_checkpoint
+from checkpoints import DATA, TRAINED, VERIFIER, Copy, contents, read_tensors, unrecorded, write_checkpoint
 from click.testing import CliRunner, Result
 from loopback import Server
 from safetensors import safe_open
@@ -34,13 +34,6 @@ def require_equal(folder: Path, source: Path) -> None:
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def unrecorded(folder: Path) -> Path:
-    """An output like another writer's, which says nothing of what it was made from."""
-    for name in ("provenance.json", "native_config.json"):
-        (folder / name).unlink()
-    return folder
 
 
 @pytest.mark.parametrize("self_contained", [False, True])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VERIFIER, write_checkpoint
+from checkpoints import VERIFIER, unrecorded, write_checkpoint
 from installing import TOY, Announce, Install
 
 from speculators import (
@@ -20,6 +20,7 @@ from speculators import (
     ValidationError,
     Verifier,
     convert_model,
+    export_model,
     validate_model,
 )
 from speculators.guard import HOOKS
@@ -64,6 +65,9 @@ def provoke(hook: str, registry: Registry, head: Path) -> None:
         registry.recognise(Checkpoint(head))
     elif hook == "example":
         registry.get("toy").spec.example(Verifier(VERIFIER))
+    elif hook == "export_config":
+        output = unrecorded(convert(registry, head)).rename(head.parent / "unrecorded")
+        export_model(output, output_path=head.parent / "exported", registry=registry)
     elif hook == "alternatives":
         validate_model(convert(registry, head), level="acceptance", diagnose=True, registry=registry)
     else:
@@ -129,6 +133,8 @@ def test_a_hook_that_raises_is_named_with_its_plugin(
         ("state_layers", "('last',)", "('last',), expected a tuple"),
         ("inspect", "None", "None, expected a list of findings"),
         ("inspect", "'all is well'", "'all is well', expected a list of findings"),
+        ("export_config", "[]", "[], expected a dict that JSON knows, or None"),
+        ("export_config", "{'sizes': {1}}", "{'sizes': {1}}, expected a dict that JSON knows, or None"),
         ("alternatives", "None", "None, expected a list of Alternative"),
         ("alternatives", "[{'squash': True}]", "[{'squash': True}], expected a list of Alternative"),
         ("alternatives", "[speculators.Alternative('squash', True, {})]", "an Alternative with ('squash', True, {})"),

@@ -44,7 +44,7 @@ def test_an_undisturbed_run_is_like_any_other(injector: Injector, tmp_path: Path
 
     assert (traced.status, traced.stdout, traced.stderr) == (0, plain.stdout, plain.stderr)
     assert contents(tmp_path / "traced") == contents(tmp_path / "plain")
-    assert len(contents(tmp_path / "traced")) == 4
+    assert len(contents(tmp_path / "traced")) == 5
     assert traced.struck == []
 
 
@@ -155,7 +155,7 @@ def test_a_paused_run_waits_while_another_runs(injector: Injector, tmp_path: Pat
         assert running.wait().status == 0
 
     inside = contents(tmp_path / "out")
-    assert len(inside) == 4
+    assert len(inside) == 5
     assert contents(tmp_path / "other") == inside
 
 

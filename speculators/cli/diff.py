@@ -56,7 +56,7 @@ _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.)")
 @reaching
 @screens.manners
 def diff(screen: Screen, **arguments: Any) -> None:
-    """Compare the checkpoints A and B, native or converted: configs and tensors.
+    """Compare the configs and tensors of the checkpoints A and B.
 
     A and B are local paths, Hugging Face IDs (org/name@revision:folder) or URLs. Exits with 0 where they hold the same,
     and with 4 where they differ.
@@ -80,9 +80,8 @@ def blocks(found: Difference, *, verbose: bool = False) -> Iterator[Block]:
     sides = zip("AB", (found.a, found.b), found.converted, found.algorithms, strict=True)
     for letter, name, converted, algorithm in sides:
         yield Line(f"{letter}: {name} ({_kind(converted, algorithm)})")
-    for block in (*_config_blocks(found.config, found.converted), *_tensor_blocks(found.tensors, verbose)):
-        if isinstance(block, Line) or block.rows:
-            yield block
+    yield from _config_blocks(found.config, found.converted)
+    yield from _tensor_blocks(found.tensors, verbose)
     yield from (Line(f"note: {note}") for note in found.notes)
     if found.equal:
         yield Line("Equal", style="green")

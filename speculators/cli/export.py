@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @reaching
 @screens.manners
 def export(screen: Screen, converted: str, **arguments: Any) -> None:
-    """Write the converted model CONVERTED in its original layout.
+    """Write the model CONVERTED in its original layout.
 
     For engines that read what the training code saved. Tensors and config are those of the checkpoint that was
     converted, bit for bit.

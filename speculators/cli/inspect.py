@@ -32,7 +32,9 @@ MOST_LINES = 3
 @reaching
 @screens.manners
 def inspect(screen: Screen, source: str, **arguments: Any) -> None:
-    """Say what the checkpoint SOURCE is, and what it holds; reads no more than headers.
+    """Say what the checkpoint SOURCE is and what it holds.
+
+    No more than headers are read.
 
     SOURCE is a native checkpoint, a converted model or anything else: a local path, a Hugging Face ID
     (org/name@revision:folder) or a URL.
@@ -46,12 +48,6 @@ def inspect(screen: Screen, source: str, **arguments: Any) -> None:
 
 def blocks(found: Inspection, most: int | None = MOST_LINES) -> Iterator[Block]:
     """Say what a checkpoint is and why, what it holds, and what is odd about it."""
-    for block in _blocks(found, most):
-        if isinstance(block, Line) or block.rows:
-            yield block
-
-
-def _blocks(found: Inspection, most: int | None) -> Iterator[Block]:
     from speculators.plan import fold
 
     yield Line(found.source, style="bold")
