@@ -79,6 +79,7 @@ NAVIGATION: dict[str, dict[str, tuple[str, ...]]] = {
             "/docs/diff",
             "/docs/batch",
             "/docs/publishing-models",
+            "/docs/terminal",
             "/docs/faq",
         ),
         "Look it up": (
@@ -86,6 +87,7 @@ NAVIGATION: dict[str, dict[str, tuple[str, ...]]] = {
             "/docs/api",
             "/docs/algorithms/README",
             "/docs/output-format",
+            "/docs/json",
             "/docs/performance",
             "/docs/reliability",
         ),

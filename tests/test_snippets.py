@@ -51,6 +51,7 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         "HTTPS_PROXY": proxy.url,
         "NO_PROXY": "127.0.0.1",
         "SSL_CERT_FILE": str(bundle),
+        "HOME": str(tmp_path_factory.mktemp("home")),
         **snippets.VARIABLES,
     }
     served.tokens[snippets.VARIABLES["TOKEN"]] = set()
