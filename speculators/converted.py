@@ -21,7 +21,7 @@ def algorithm_of(converted: Checkpoint) -> str:
     """
     if MODEL_TYPE_KEY not in converted.config:
         raise CheckpointError(f"{converted.name} is not in the speculators format; convert it first")
-    block = _block(converted)
+    block = block_of(converted.config)
     if not isinstance(block.get("algorithm"), str):
         raise CheckpointError(f"the config of {converted.name} names no speculators_config.algorithm")
     return str(block["algorithm"])
@@ -33,8 +33,7 @@ def verifier_of(converted: Checkpoint) -> str:
     Raises:
         CheckpointError: It names none, or one that a stranger's config must not have read here.
     """
-    reference = _block(converted).get("verifier")
-    named = reference.get("name_or_path") if isinstance(reference, dict) else None
+    named = reference_of(converted.config).get("name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"the config of {converted.name} names no verifier; pass --verifier")
     read = _provenance(converted)
@@ -51,9 +50,16 @@ def verifier_of(converted: Checkpoint) -> str:
     return named
 
 
-def _block(converted: Checkpoint) -> Mapping[str, Any]:
-    block = converted.config.get("speculators_config")
-    return block if isinstance(block, dict) else {}
+def block_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the block that tells how a config's draft is run; nothing where there is none."""
+    block = config.get("speculators_config")
+    return block if isinstance(block, Mapping) else {}
+
+
+def reference_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config says of its verifier; nothing where that is missing."""
+    reference = block_of(config).get("verifier")
+    return reference if isinstance(reference, Mapping) else {}
 
 
 def _provenance(converted: Checkpoint) -> Mapping[str, Any]:

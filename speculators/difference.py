@@ -13,6 +13,7 @@ from speculators import pairing, provenance
 from speculators.checkpoint import Checkpoint
 from speculators.comparing import Numbers, measure, same_bytes
 from speculators.config import MODEL_TYPE_KEY
+from speculators.converted import block_of
 from speculators.errors import AlgorithmError, CheckpointError, MismatchError, OptionError, PluginError
 from speculators.pairing import Couple, Shelf, Standard
 from speculators.plan import Facts, match, plan
@@ -327,8 +328,7 @@ class _Question:
         try:
             if not converted:
                 return self.registry.recognise(checkpoint) if shelf.tensors else None
-            block = checkpoint.config.get("speculators_config")
-            name = block.get("algorithm") if isinstance(block, Mapping) else None
+            name = block_of(checkpoint.config).get("algorithm")
             if isinstance(name, str):
                 return self.registry.get(name)
             self.notes.append(f"the config of {checkpoint.name} names no algorithm: names are compared as they are")

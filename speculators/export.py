@@ -105,6 +105,10 @@ class _Export:
             return Payload(name, info, chunks)
         if (trace.dtype, stored) in EXACT:
             return Payload(name, TensorInfo(trace.dtype, trace.shape), cast(chunks, name, stored, trace.dtype))
+        if not {trace.dtype, stored} <= {*dtypes.FLOATS}:
+            raise CheckpointError(
+                f"{self.converted.name} holds {name} as {stored}, which was {trace.dtype} in the source"
+            )
         self.rounded[name] = trace.dtype
         return Payload(name, info, chunks)
 
@@ -278,7 +282,8 @@ def _weight_file(record: Mapping[str, Any], asked: str | None) -> str:
     """Return the name of the weight file: that of the source, if it was one file of the wanted kind."""
     said = record.get("source")
     files = said.get("files") if isinstance(said, Mapping) else None
-    held = [str(name) for name in files or () if Path(name).suffix in FORMATS and is_name(name)]
+    named = [name for name in files if isinstance(name, str)] if isinstance(files, Mapping) else []
+    held = [name for name in named if Path(name).suffix in FORMATS and is_name(name)]
     kinds = {_kind(name) for name in held}
     if len(held) == 1 and asked in (None, *kinds):
         return held[0]

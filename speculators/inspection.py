@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from speculators import dtypes, provenance
 from speculators.checkpoint import FOREIGN, FORMATS, Checkpoint
 from speculators.config import MODEL_TYPE_KEY, SpeculatorConfig
+from speculators.converted import block_of, reference_of
 from speculators.errors import CheckpointError, SpeculatorsError
 from speculators.guard import HookError, stated, unguarded
 from speculators.plan import Match, Matching, Rework, by_reason, fold, match
@@ -232,7 +233,7 @@ def inspect_model(
     if MODEL_TYPE_KEY in config:
         kind = CONVERTED
         readers = [each for each in registry.algorithms if _type_of(each.spec) == config[MODEL_TYPE_KEY]]
-        named = _block(config).get("algorithm")
+        named = block_of(config).get("algorithm")
         chosen = next((each for each in readers if each.spec.name == named), readers[0] if readers else None)
         said = _format(checkpoint, tensors, readers, chosen)
         blocks, verifier = CONVERTED_BLOCKS, _verifier(config)
@@ -446,18 +447,8 @@ def _type_of(spec: ConverterSpec) -> Any:
     return spec.config.model_fields[MODEL_TYPE_KEY].default
 
 
-def _block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    block = config.get("speculators_config")
-    return block if isinstance(block, Mapping) else {}
-
-
-def _reference(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    reference = _block(config).get("verifier")
-    return reference if isinstance(reference, Mapping) else {}
-
-
 def _verifier(config: Mapping[str, Any]) -> str | None:
-    named = _reference(config).get("name_or_path")
+    named = reference_of(config).get("name_or_path")
     return redacted_text(named) if isinstance(named, str) and named else None
 
 
@@ -472,9 +463,9 @@ def _format(
         record, findings = {}, [str(error)]
     if chosen is not None:
         findings += _misfits(checkpoint, tensors, chosen.spec)
-    named, version = _block(config).get("algorithm"), config.get("speculators_version")
-    architectures = _reference(config).get("architectures")
-    methods = _block(config).get("proposal_methods")
+    named, version = block_of(config).get("algorithm"), config.get("speculators_version")
+    architectures = reference_of(config).get("architectures")
+    methods = block_of(config).get("proposal_methods")
     method = methods[0] if isinstance(methods, list) and methods else None
     tokens = method.get("speculative_tokens") if isinstance(method, Mapping) else None
     return Format(

@@ -6,6 +6,7 @@ same, or because nobody needs it. That is one way back for rows of every kind.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ from speculators import dtypes
 from speculators.errors import CheckpointError
 from speculators.operations import Cut
 from speculators.table import Shared, evaluate_shape
+from speculators.verifier import SHARED_TENSORS
 
 if TYPE_CHECKING:
     from speculators.checkpoint import Checkpoint
     from speculators.convert import Conversion
     from speculators.spec import ConverterSpec
+
+METADATA = "__metadata__"
+"""What is no tensor in the header of a safetensors file."""
 
 _STRICT = ConfigDict(strict=True, extra="ignore")
 
@@ -123,8 +128,11 @@ def of_record(record: Mapping[str, Any], name: str) -> dict[str, Trace] | None:
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{name} says {first['input']!r} under tensors.{where}: {first['msg']}") from error
     for tensor, trace in traces.items():
-        if trace.dtype not in dtypes.SIZES or min((0, *trace.shape, *(piece.start for piece in trace.pieces))) < 0:
-            raise CheckpointError(f"{name} says that {tensor} is {trace.dtype} {list(trace.shape)}, which cannot be")
+        negative = min((0, *trace.shape, *(piece.start for piece in trace.pieces))) < 0
+        if trace.dtype not in dtypes.SIZES or negative or trace.role not in ("", *SHARED_TENSORS):
+            raise CheckpointError(f"{name} says that {tensor} is {json.dumps(trace.to_json())}, which cannot be")
+        if tensor == METADATA:
+            raise CheckpointError(f"{name} names a tensor {tensor!r}, which no file can hold")
     return traces
 
 

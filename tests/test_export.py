@@ -170,6 +170,8 @@ def test_a_damaged_output_is_not_exported(tmp_path: Path) -> None:
         ({"pieces": [{"target": "fc.weight", "start": -1}]}, "which cannot be"),
         ({"dtype": "X9"}, "which cannot be"),
         ({"pieces": 7}, "under tensors.fc.weight.pieces"),
+        ({"pieces": [], "role": "nose"}, "which cannot be"),
+        ({"dtype": "I64"}, r"holds fc\.weight as F16, which was I64 in the source"),
     ],
 )
 def test_a_record_that_cannot_be_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -182,6 +184,19 @@ def test_a_record_that_cannot_be_is_refused(change: dict[str, object], message: 
         export_model(output, output_path=tmp_path / "exported")
 
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_record_does_not_choose_where_files_are_written(tmp_path: Path) -> None:
+    output = converted(DATA / "eagle3", tmp_path)
+    record = json.loads((output / "provenance.json").read_text())
+    for number, files in enumerate(({"../../elsewhere.bin": {}}, {"/tmp/elsewhere.bin": {}}, [1], "x.bin")):
+        record["source"]["files"] = files
+        (output / "provenance.json").write_text(json.dumps(record))
+
+        export_model(output, output_path=tmp_path / f"exported-{number}")
+
+        assert sorted(contents(tmp_path / f"exported-{number}")) == ["config.json", "model.safetensors"]
+    assert not list(tmp_path.rglob("elsewhere*"))
 
 
 def test_another_kind_of_weight_file_can_be_asked_for(tmp_path: Path) -> None:
