@@ -25,6 +25,12 @@ from speculators.cli.convert import FATES
 from speculators.output import check_writable
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where no conversion lies at the default path."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
