@@ -151,7 +151,7 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """Return it in types that JSON knows."""
         sides = [
-            {"name": name, "format": "speculators" if converted else "native", "algorithm": algorithm or None}
+            {"name": name, "kind": "converted" if converted else "native", "algorithm": algorithm or None}
             for name, converted, algorithm in zip((self.a, self.b), self.converted, self.algorithms, strict=True)
         ]
         config = self.config
@@ -164,11 +164,11 @@ class Difference:
                 "equal": config.equal,
                 "same": config.same,
                 "different": {
-                    path: {"a": _json(a), "b": _json(b), "explained": config.explained.get(path)}
+                    path: {"a": a, "b": b, "explained": config.explained.get(path)}
                     for path, (a, b) in config.different.items()
                 },
-                "only_a": _json(config.only_a),
-                "only_b": _json(config.only_b),
+                "only_a": dict(config.only_a),
+                "only_b": dict(config.only_b),
             },
             "tensors": [_tensor_to_dict(each) for each in self.tensors],
             "notes": list(self.notes),
@@ -523,13 +523,4 @@ def _info_to_dict(info: TensorInfo | None) -> dict[str, Any] | None:
 
 
 def _numbers_to_dict(numbers: Numbers) -> dict[str, Any]:
-    return _json({**vars(numbers), "relative": numbers.relative})  # type: ignore[no-any-return]
-
-
-def _json(value: Any) -> Any:
-    """Return a value as JSON has it: no number there is NaN or infinite."""
-    if isinstance(value, Mapping):
-        return {key: _json(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return {**vars(numbers), "relative": numbers.relative}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 32 << 20
@@ -59,3 +61,12 @@ def _require_text(content: dict[str, Any]) -> None:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"it holds {error.object[error.start]!r}, which is half of a character") from None
+
+
+def strict(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are NaN or infinite become strings."""
+    if isinstance(value, Mapping):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -599,8 +599,8 @@ def test_the_command_prints_a_document(tmp_path: Path) -> None:
     assert result.exit_code == 4
     document = json.loads(result.output, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert document["schema"] == "speculators.difference/1"
-    assert document["a"] == {"name": str(DATA / "eagle3"), "format": "native", "algorithm": None}
-    assert document["b"] == {"name": str(other), "format": "speculators", "algorithm": "eagle3"}
+    assert document["a"] == {"name": str(DATA / "eagle3"), "kind": "native", "algorithm": None}
+    assert document["b"] == {"name": str(other), "kind": "converted", "algorithm": "eagle3"}
     assert document["config"]["compared"] == "shared"
     assert document["config"]["equal"] is True
     assert len(document["tensors"]) == 15

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from speculators.errors import printable
+from speculators.json_files import strict
 from speculators.progress import Progress, on_terminal
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Screen:
     def show(self, document: str, content: Mapping[str, Any], blocks: Iterable[Block]) -> None:
         """Print a result: as JSON under the name and version of its document, or as blocks."""
         if self.as_json:
-            click.echo(json.dumps({"schema": f"speculators.{document}", **content}, indent=2))
+            click.echo(json.dumps(strict({"schema": f"speculators.{document}", **content}), indent=2, allow_nan=False))
         elif _is_terminal(sys.stdout):
             _print(blocks)
         else:
