@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -286,6 +287,9 @@ def _push(result: ConversionResult, destination: Destination, message: str) -> C
         pushed = destination.push(result.output_path, message)
     except PublishError as error:
         error.result = result
+        raise
+    except KeyboardInterrupt:
+        warnings.warn(f"the output is complete in {result.output_path}; its upload was interrupted", stacklevel=2)
         raise
     return replace(result, pushed_to=pushed.url, notes=(*result.notes, *pushed.notes))
 

@@ -15,6 +15,7 @@ from speculators.comparing import Numbers, measure, same_bytes
 from speculators.config import MODEL_TYPE_KEY
 from speculators.converted import block_of
 from speculators.errors import AlgorithmError, CheckpointError, MismatchError, OptionError, PluginError
+from speculators.inspection import misfits_of
 from speculators.pairing import Couple, Shelf, Standard
 from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
@@ -49,7 +50,7 @@ DESCRIPTIVE = frozenset(
 SHOWN_BY_TENSORS = frozenset(
     {
         *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-        *("num_attention_heads", "num_key_value_heads", "attention_bias", "qkv_bias", "mlp_bias"),
+        *("num_key_value_heads", "attention_bias", "qkv_bias", "mlp_bias"),
     }
 )
 """Settings that a conversion takes from the tensors, whatever the native config says."""
@@ -308,7 +309,19 @@ class _Question:
             )
             compared = SHARED if self.verifier is None else UNTOLD
         difference = _compare(compared, *(sides[self.conversion.index(side)] for side in (0, 1)))
-        return difference if compared == EXPECTED else replace(difference, explained=_explain(*sides))
+        return (
+            difference
+            if compared == EXPECTED
+            else replace(difference, explained=self._explained(output, algorithm, *sides))
+        )
+
+    def _explained(
+        self, output: Checkpoint, algorithm: Algorithm, ours: Mapping[str, Any], theirs: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Say which settings differ for a good reason; there is none where the output's own tensors contradict it."""
+        misfits = misfits_of(output, output.tensors if output.has_weights else {}, algorithm.spec)
+        self.notes += [f"{output.name} is not fit to serve: {misfit}" for misfit in misfits]
+        return {} if misfits else _explain(ours, theirs)
 
     def _shelf(self, checkpoint: Checkpoint) -> Shelf:
         if checkpoint.has_weights:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators import output, writer
+from speculators import dtypes, output, writer
 from speculators.checkpoint import Checkpoint
 from speculators.convert import (
     Conversion,
@@ -25,6 +25,7 @@ from speculators.convert import (
     require_native,
     verifying,
 )
+from speculators.errors import ValidationError
 from speculators.plan import Derivation
 from speculators.progress import Progress, unheard
 from speculators.registry import AUTO, Registry
@@ -32,7 +33,7 @@ from speculators.serving import Instructions, instructions
 from speculators.sources import Access
 from speculators.spec import Context, StatedAs
 from speculators.verifier import Verifier
-from speculators.weights import Extent, TensorInfo, read
+from speculators.weights import Extent, TensorInfo, pieces, read
 from speculators.writer import Payload
 
 if TYPE_CHECKING:
@@ -225,7 +226,8 @@ def plan_conversion(
     find_destination(push_to_hub, access, private)
     source, base = Checkpoint.at(model, access, partly=True), Verifier(verifier, access)
     require_native(source)
-    with verifying(source) if source.place.local is not None else nullcontext(dict) as verified:
+    is_local = source.place.local is not None
+    with verifying(source) if is_local else nullcontext(dict) as verified:
         if validate:
             require_device(validate_device)
         conversion = prepare(
@@ -242,7 +244,7 @@ def plan_conversion(
         serving = instructions(spec.vllm, conversion.config, target, base) if spec.vllm else None
         config = conversion.config.to_json()
         payloads = list(payloads_of(conversion))
-        _try(payloads, conversion, progress)
+        _try(payloads, conversion, progress, sound=validate and validate_level != "structure" and is_local)
         verified()
     report = _validate(conversion, target, validate_level) if validate else None
     for opened in (source, base.checkpoint):
@@ -271,19 +273,31 @@ def plan_conversion(
     )
 
 
-def _try(payloads: Iterable[Payload], conversion: Conversion, progress: Progress) -> None:
+def _try(payloads: Iterable[Payload], conversion: Conversion, progress: Progress, *, sound: bool) -> None:
     """Make and cast what is made and cast, and throw it away.
 
+    Args:
+        payloads: What would be written.
+        conversion: What it is written by.
+        progress: Told about the bytes.
+        sound: Whether all values are looked at, also those that are copied, as the validation would.
+
     Raises:
-        SpeculatorsError: Something cannot be made or cast.
+        SpeculatorsError: Something cannot be made or cast, or is no number.
     """
     copied = {move.target: move.info for move in conversion.moves}
-    tried = [payload for payload in payloads if payload.info is not copied.get(payload.name)]
-    total, done = sum(payload.info.nbytes for payload in tried), 0
+    tried = [payload for payload in payloads if sound or payload.info is not copied.get(payload.name)]
+    total, done, unsound = sum(payload.info.nbytes for payload in tried), 0, []
     for payload in tried:
+        count = 0
         for chunk in payload.chunks:
             done += chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
+            if sound and payload.info.dtype in dtypes.FLOATS:
+                count += sum(dtypes.count_unsound(piece, payload.info.dtype) for piece in pieces(chunk))
             progress("trying", done, total)
+        unsound += [f"{payload.name} holds {count} values that are NaN or infinite"] if count else []
+    if unsound:
+        raise ValidationError(f"the converted model would fail validation: {'; '.join(unsound)}")
 
 
 def _validate(conversion: Conversion, target: Path, level: str) -> Report:

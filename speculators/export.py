@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, output, provenance, traces, writer
-from speculators.checkpoint import FORMATS, Checkpoint, parse_json, read_bytes
+from speculators.checkpoint import FORMATS, INDEX, Checkpoint, parse_json, read_bytes
 from speculators.converted import algorithm_of, verifier_of
-from speculators.errors import CheckpointError, OptionError
+from speculators.errors import CheckpointError, OptionError, OutputError
 from speculators.operations import cast
 from speculators.progress import Progress, unheard
 from speculators.registry import Registry
@@ -50,7 +50,7 @@ class ExportResult:
         output_path: The folder that holds the native checkpoint.
         source: What was exported, as the user named it, without secrets.
         algorithm: Name of the algorithm.
-        weights: Name of the weight file.
+        weights: Name of the weight file, or of the index of shards.
         recorded: Whether the conversion had recorded where everything is; else the table was read backwards.
         written: Native name → the tensors of the output that it was made of.
         restored: Native name → which of the verifier's tensors it was restored from.
@@ -204,9 +204,10 @@ def export_model(
     for asked, known in ((to, LAYOUTS), (weights, (None, *DEFAULT_FILES))):
         if asked not in known:
             raise OptionError(f"{asked!r} is none of {', '.join(filter(None, known))}")
-    target, place = local_path(output_path), parse(converted)
+    shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
+    target, places = local_path(output_path), [parse(each) for each in (converted, verifier) if each is not None]
     target = target.resolve() if ".." in target.parts else target
-    output.check_target(target, [place.path] if isinstance(place, LocalLocation) else [])
+    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
     output.check_vacant(target)
     access = Access(token, cache_dir, offline, progress)
     found = Checkpoint.at(converted, access)
@@ -222,7 +223,6 @@ def export_model(
         spec = (registry or Registry()).get(algorithm).spec
         export = _Export(found, traces.of_table(spec, found), _made_config(found, spec), verifier, access)
     file = _weight_file(record if recorded else {}, weights)
-    shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
     if shard_size is not None and not file.endswith(".safetensors"):
         raise OptionError(f"{file} is written as one file; pass --weights safetensors for shards")
     with output.staged(target) as folder, output.writing(target):
@@ -235,14 +235,15 @@ def export_model(
             progress("writing", done, total)
 
         writer.write_bytes(folder, output.CONFIG_FILE, export.config)
-        writer.write_safetensors(folder, payloads, max_shard_size=shard_size, report=report)
-        _rename_weights(folder, file)
+        sharded = len(writer.write_safetensors(folder, payloads, max_shard_size=shard_size, report=report)) > 1
+        if not sharded:
+            _rename_weights(folder, file)
         found.place.require_unchanged()
     return ExportResult(
         output_path=target,
         source=found.name,
         algorithm=algorithm,
-        weights=file,
+        weights=output.INDEX_FILE if sharded else file,
         recorded=recorded,
         written={
             name: tuple(each.target for each in trace.pieces) for name, trace in export.traces.items() if trace.pieces
@@ -284,8 +285,8 @@ def _weight_file(record: Mapping[str, Any], asked: str | None) -> str:
     files = said.get("files") if isinstance(said, Mapping) else None
     named = [name for name in files if isinstance(name, str)] if isinstance(files, Mapping) else []
     held = [name for name in named if Path(name).suffix in FORMATS and is_name(name)]
-    kinds = {_kind(name) for name in held}
-    if len(held) == 1 and asked in (None, *kinds):
+    kinds, sharded = {_kind(name) for name in held}, any(name.endswith(INDEX) for name in named)
+    if len(held) == 1 and not sharded and asked in (None, *kinds):
         return held[0]
     return DEFAULT_FILES[asked or (kinds.pop() if kinds else "safetensors")]
 
@@ -305,14 +306,18 @@ def _rename_weights(folder: Path, file: str) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(written)  # maps the file: pages are read while they are written
-    torch.save(dict(sorted(tensors.items())), folder / file)
+    empty = {name: tensor.clone() for name, tensor in tensors.items() if not tensor.numel()}
+    try:
+        torch.save(dict(sorted({**tensors, **empty}.items())), folder / file)
+    except RuntimeError as error:  # how a full disk reads
+        raise OutputError(f"cannot write {file}: {error}; nothing was kept") from error
     del tensors
     written.unlink()
 
 
 def _notes(record: Mapping[str, Any], recorded: bool) -> Iterator[str]:
     if not recorded:
-        yield "it does not say what it was converted from: names are those of the table, the config is made of its own"
+        yield "it does not record what it was converted from: names are of the table, the config is made of its own"
         return
     with suppress(KeyError, TypeError, AttributeError):
         options = {name: value for name, value in record["converter"]["options"].items() if value not in (None, False)}

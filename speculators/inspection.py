@@ -462,7 +462,7 @@ def _format(
     except CheckpointError as error:
         record, findings = {}, [str(error)]
     if chosen is not None:
-        findings += _misfits(checkpoint, tensors, chosen.spec)
+        findings += misfits_of(checkpoint, tensors, chosen.spec)
     named, version = block_of(config).get("algorithm"), config.get("speculators_version")
     architectures = reference_of(config).get("architectures")
     methods = block_of(config).get("proposal_methods")
@@ -495,7 +495,7 @@ def _without_secrets(value: Any) -> Any:
     return redacted_text(value) if isinstance(value, str) else value
 
 
-def _misfits(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], spec: ConverterSpec) -> list[str]:
+def misfits_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], spec: ConverterSpec) -> list[str]:
     """Compare the tensors of a converted model with its config, and its files, if they are here, with its record."""
     from speculators.validation import check_files, compare_tensors
 

@@ -199,7 +199,7 @@ def marked(card: str) -> str:
 
 def is_unchanged(card: bytes) -> bool:
     """Tell whether a card is one that was written by a conversion, and by nobody since."""
-    body, found, line = card.rpartition(MARK)
+    body, found, line = card.replace(b"\r\n", b"\n").rpartition(MARK)  # as a checkout may have them
     return bool(found) and line == f"{hashlib.sha256(body).hexdigest()} -->\n".encode()
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from speculators import __version__
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import ENVIRONMENT, CheckpointError, PublishError, UploadError, described
-from speculators.output import CARD_FILE, CONFIG_FILE, OWN_FILES, is_unchanged
+from speculators.output import CARD_FILE, CONFIG_FILE, OWN_FILES, PROVENANCE_FILE, is_unchanged
 from speculators.sources import Access, HubLocation, parse
 from speculators.sources.locations import hub_endpoint, redacted_text
 from speculators.sources.remote import FIRST_RETRIES, TransientError, patiently
@@ -204,6 +204,11 @@ class Destination:
             )
         if written and not (CONFIG_FILE in written and _is_converted(self._read(CONFIG_FILE, info.sha))):
             raise PublishError(f"{self.location.page} holds something other than a converted model; name another one")
+        if written and PROVENANCE_FILE not in written:
+            raise PublishError(
+                f"{self.location.page} holds a model in the speculators format that no conversion wrote (it has no "
+                f"{PROVENANCE_FILE}); name another repository"
+            )
         changed = CARD_FILE in names and not is_unchanged(self._read(CARD_FILE, info.sha))
         return _Standing(info.sha, frozenset(written), changed)
 

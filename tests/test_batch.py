@@ -471,3 +471,23 @@ def test_the_jobs_of_the_documentation_are_those_that_it_shows() -> None:
     assert [Path(job.model).name for job in read_jobs(docs / "batch.yaml")] == [
         *("eagle1-fc-bias", "eagle1-no-bias", "hass-fc-bias", "hass-layernorms", "eagle3")
     ]
+
+
+def test_variables_for_files_of_jobs_and_for_one_conversion_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "JOBS": "2",
+        "EXECUTOR": "threads",
+        "OUTPUT_PATH": str(tmp_path / "one"),
+        "PRIVATE": "1",
+    }.items():
+        monkeypatch.setenv(f"SPECULATORS_CONVERT_{name}", value)
+    file = write(tmp_path / "jobs.json", [{"model": str(DATA / "eagle3"), "output_path": str(tmp_path / "many")}])
+
+    one = command(DATA / "eagle3", "--verifier", VERIFIER, "--no-validate")
+    many = command("--from-file", file, "--verifier", VERIFIER, "--no-validate")
+    listed = command("--list-algorithms")
+
+    assert (one.exit_code, many.exit_code, listed.exit_code) == (0, 0, 0), one.output + many.output + listed.output
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"one", "many"}

@@ -653,3 +653,17 @@ def test_equal_bytes_are_compared_without_numpy() -> None:
 
     assert "speculators.comparing" in loaded
     assert not loaded & {"numpy", "torch", "transformers", "safetensors", "huggingface_hub"}
+
+
+def test_a_config_that_its_own_tensors_contradict_is_not_excused(tmp_path: Path) -> None:
+    output = converted("eagle3", tmp_path / "out")
+    config = json.loads((output / "config.json").read_text())
+    config["transformer_layer_config"] |= {"head_dim": 7, "num_attention_heads": 5}
+    (output / "config.json").write_text(json.dumps(config))
+
+    found = diff_models(DATA / "eagle3", output)
+
+    assert not found.equal
+    assert found.config.different.keys() >= {"num_attention_heads"}
+    assert found.config.explained == {}
+    assert any("is not fit to serve" in note for note in found.notes)

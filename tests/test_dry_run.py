@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DATA, TRAINED, VERIFIER, Copy, write_checkpoint
+from checkpoints import DATA, TRAINED, VERIFIER, Copy, read_tensors, write_checkpoint
 from click.testing import CliRunner, Result
 from installing import Install
 from loopback import Server
@@ -392,3 +392,13 @@ def test_what_is_printed(tmp_path: Path, variant: Copy) -> None:
         "bytes": 512,
         "why": "",
     }
+
+
+def test_values_that_are_no_numbers_are_seen(variant: Copy) -> None:
+    weight = read_tensors(DATA / "eagle3")["fc.weight"].clone()
+    weight[3, 5] = float("nan")
+    source = variant("eagle3", tensors={"fc.weight": weight})
+
+    for convert in (plan_conversion, convert_model):
+        with pytest.raises(ValidationError, match=r"fc\.weight holds 1 values that are NaN or infinite"):
+            convert(source, verifier=VERIFIER, output_path="out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,9 @@ def test_another_kind_of_weight_file_can_be_asked_for(tmp_path: Path) -> None:
     output = converted(DATA / "hass-layernorms", tmp_path)
 
     assert export_model(output, output_path=tmp_path / "bin", weights="bin").weights == "pytorch_model.bin"
-    export_model(output, output_path=tmp_path / "shards", max_shard_size="200KB")
+    sharded = export_model(output, output_path=tmp_path / "shards", max_shard_size="200KB")
+
+    assert sharded.weights == "model.safetensors.index.json"
 
     for folder in ("bin", "shards"):
         require_equal(tmp_path / folder, DATA / "hass-layernorms")
@@ -259,3 +262,24 @@ def test_the_command_says_what_became_of_each_tensor(tmp_path: Path) -> None:
     assert facts["restored"] == {"embed_tokens.weight": "the verifier's embed_tokens"}
     with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_single_shard_becomes_a_whole_file(variant: Copy, tmp_path: Path) -> None:
+    source = variant("hass-layernorms")
+    shard = "model-00001-of-00001.safetensors"
+    (source / "model.safetensors").rename(source / shard)
+    names = dict.fromkeys(read_tensors(source), shard)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+    result = export_model(converted(source, tmp_path), output_path=tmp_path / "exported")
+
+    assert result.weights == "model.safetensors"
+    require_equal(tmp_path / "exported", source)
+
+
+def test_an_export_stays_out_of_the_verifier(tmp_path: Path) -> None:
+    shutil.copytree(VERIFIER, tmp_path / "verifier")
+    output = converted(DATA / "eagle3", tmp_path)
+
+    with pytest.raises(OutputError, match="would lie in its own source"):
+        export_model(output, verifier=tmp_path / "verifier", output_path=tmp_path / "verifier" / "inside")

@@ -251,3 +251,17 @@ def test_a_repository_that_changes_meanwhile_is_not_overwritten(hub: Server, pus
         push(dtype="float32", progress=meanwhile)
 
     assert served(hub) == contents(theirs)
+
+
+def test_a_model_that_no_conversion_wrote_is_not_replaced(hub: Server, push: Push, tmp_path: Path) -> None:
+    push("me/new")
+    trained = tmp_path / "trained"
+    shutil.copytree(tmp_path / "out", trained)
+    (trained / "provenance.json").unlink()
+    before = hub.add("me/trained", trained)
+
+    with pytest.raises(PublishError, match=r"that no conversion wrote \(it has no provenance\.json\)"):
+        push("me/trained", output_path=tmp_path / "fresh")
+
+    assert hub.repos["me/trained"].refs["main"] == before
+    assert not (tmp_path / "fresh").exists()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from speculators.cli.options import FILE
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.errors import printable
 from speculators.executors import CLUSTERS, LOCAL, default_workers
@@ -41,13 +42,15 @@ def from_file(command: Command) -> Command:
         own = {name: options.pop(name) for name in OWN}
         if own["from_file"] is not None:
             return _run(screen, **own, token=options["token"])
-        if stray := sorted(_given() & OWN):
+        if stray := sorted(_given(ParameterSource.COMMANDLINE) & OWN):
             raise click.UsageError(f"{_flags(stray)} belongs beside --from-file")
         return command(screen, *arguments, **options)
 
     decorated: Any = either
     options = (
-        click.option("--from-file", metavar="FILE", help="Convert what a YAML file of jobs names, many at a time."),
+        click.option(
+            "--from-file", type=FILE, metavar="FILE", help="Convert what a YAML file of jobs names, many at a time."
+        ),
         click.option("--jobs", type=click.IntRange(min=1), help="Jobs at a time; half the processors, at most 4."),
         click.option(
             "--executor",
@@ -64,9 +67,9 @@ def from_file(command: Command) -> Command:
     return result
 
 
-def _given() -> set[str]:
+def _given(*sources: ParameterSource) -> set[str]:
     context = click.get_current_context()
-    return {name for name in context.params if context.get_parameter_source(name) in GIVEN}
+    return {name for name in context.params if context.get_parameter_source(name) in sources}
 
 
 def _flags(names: list[str]) -> str:
@@ -79,9 +82,9 @@ def _run(
 ) -> None:
     from speculators import batch
 
-    given, params = _given(), click.get_current_context().params
+    given, params = _given(*GIVEN), click.get_current_context().params
     common = batch.keys() - {"model", "output_path"}
-    if stray := sorted(given - common - OWN - BESIDE):
+    if stray := sorted(_given(ParameterSource.COMMANDLINE) - common - OWN - BESIDE):
         raise click.UsageError(f"{_flags(stray)} does not go with --from-file")
     todo = batch.read_jobs(from_file, {name: params[name] for name in given & common})
     with _executor(executor, scheduler, jobs) as running, _told(screen, len(todo)) as heard:

@@ -25,7 +25,7 @@ from speculators.cli.options import (
     reaching,
     refuse_clashes,
 )
-from speculators.cli.screen import Block, Line, Screen, Table
+from speculators.cli.screen import Block, Line, Screen, Table, was_typed
 from speculators.cli.validate import report_blocks
 from speculators.errors import PublishError
 from speculators.registry import AUTO
@@ -141,6 +141,8 @@ def convert(
     if verifier is None:
         raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
     refuse_clashes(algorithm_kwargs, ARGUMENTS)
+    if arguments["push_to_hub"] is None and not was_typed("private"):
+        arguments["private"] = False  # a variable says it of all that is pushed
     if dry_run:
         from speculators.dry_run import plan_conversion
 

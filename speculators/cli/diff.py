@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import AlgorithmName, examples, reaching
+from speculators.cli.options import SOURCE, AlgorithmName, examples, reaching
 from speculators.cli.screen import Block, Line, Screen, Table
 from speculators.errors import ValidationError
 from speculators.registry import AUTO
@@ -41,8 +41,8 @@ _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.)")
         """
     )
 )
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @click.option(
     "--algorithm",
     type=AlgorithmName(AUTO),
@@ -51,7 +51,9 @@ _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.)")
     help="Whose table tells which tensor became which; auto finds it.",
 )
 @click.option(
-    "--verifier", help="Base model, to compare with it what is left to it, and the config with what it should be."
+    "--verifier",
+    type=SOURCE,
+    help="Base model, to compare with it what is left to it, and the config with what it should be.",
 )
 @reaching
 @screens.manners

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import examples, reaching
+from speculators.cli.options import FOLDER, SOURCE, Word, examples, reaching
 from speculators.cli.screen import Block, Line, Screen, Table
 
 if TYPE_CHECKING:
@@ -25,12 +25,34 @@ if TYPE_CHECKING:
         """
     )
 )
-@click.argument("converted")
-@click.option("--to", default="native", show_default=True, help="Layout to write: native, that of the training code.")
-@click.option("--verifier", help="Base model; the one that CONVERTED names by default. Read only where it is needed.")
-@click.option("--output-path", default="exported", show_default=True, help="Folder to write; nothing may be there yet.")
-@click.option("--weights", help="Kind of weight file: safetensors or bin; that of the source by default.")
-@click.option("--max-shard-size", help="Most bytes of tensors per safetensors file, e.g. 5GB; one file by default.")
+@click.argument("converted", type=SOURCE)
+@click.option(
+    "--to",
+    type=Word("layout", "native"),
+    default="native",
+    show_default=True,
+    help="Layout to write: native, that of the training code.",
+)
+@click.option(
+    "--verifier", type=SOURCE, help="Base model; the one that CONVERTED names by default. Read only where it is needed."
+)
+@click.option(
+    "--output-path",
+    type=FOLDER,
+    default="exported",
+    show_default=True,
+    help="Folder to write; nothing may be there yet.",
+)
+@click.option(
+    "--weights",
+    type=Word("kind", "safetensors", "bin"),
+    help="Kind of weight file: safetensors or bin; that of the source by default.",
+)
+@click.option(
+    "--max-shard-size",
+    type=Word("size"),
+    help="Most bytes of tensors per safetensors file, e.g. 5GB; one file by default.",
+)
 @reaching
 @screens.manners
 def export(screen: Screen, converted: str, **arguments: Any) -> None:

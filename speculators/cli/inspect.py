@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from speculators.cli import screen as screens
-from speculators.cli.options import examples, reaching
+from speculators.cli.options import SOURCE, examples, reaching
 from speculators.cli.screen import Block, Line, Screen, Table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MOST_LINES = 3
         """
     )
 )
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @reaching
 @screens.manners
 def inspect(screen: Screen, source: str, **arguments: Any) -> None:

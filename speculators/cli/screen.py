@@ -157,7 +157,7 @@ def manners(command: Command) -> Command:
     def polite(*arguments: Any, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> Any:
         ctx = click.get_current_context()
         if quiet and verbose:
-            quiet, verbose = (_was_typed(ctx, name) for name in ("quiet", "verbose"))
+            quiet, verbose = map(was_typed, ("quiet", "verbose"))
             if quiet == verbose:
                 raise click.UsageError("--quiet and --verbose contradict each other; take one of them")
         ctx.params |= {"quiet": quiet, "verbose": verbose}
@@ -181,8 +181,9 @@ def manners(command: Command) -> Command:
     return result
 
 
-def _was_typed(ctx: click.Context, option: str) -> bool:
-    return ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+def was_typed(option: str) -> bool:
+    """Tell whether an option of the command stands on the command line, rather than in a variable."""
+    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
 
 @contextmanager
