@@ -31,6 +31,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 INDENT = "    "
 
+LEFT = 2
+"""Columns by which a terminal shows rows further right than their title."""
+
+GAP = 3
+"""Columns between cells on a terminal."""
+
+LEAST = 30
+"""Columns that the widest cells of a table need on a terminal, to be read beside the others."""
+
 STYLES: Mapping[str, str] = {
     "passed": "green",
     "ready": "green",
@@ -226,7 +235,7 @@ def _print(blocks: Iterable[Block], err: bool = False) -> None:
     apart, blank = False, True
     for block in blocks:
         table = isinstance(block, Table)
-        shown = _table(block) if isinstance(block, Table) else _line(block)
+        shown = _table(block, console.width) if isinstance(block, Table) else _line(block)
         if shown is None:
             continue
         empty = block == Line()
@@ -246,26 +255,68 @@ def _line(block: Line) -> Text:
     return shown
 
 
-def _table(block: Table) -> RenderableType | None:
-    from rich import box
+def _table(block: Table, width: int) -> RenderableType | None:
+    """Lay out a table in a terminal of some width, or return nothing where it has no rows."""
     from rich.console import Group
     from rich.padding import Padding
-    from rich.table import Table as Grid
     from rich.text import Text
 
     used = [number for number in range(len(block.columns)) if any(row[number] for row in block.rows)]
     if not used:
         return None
-    headed = any(block.columns[number] for number in used)
+    cells = [[printable(block.columns[number]), *(printable(row[number]) for row in block.rows)] for number in used]
+    widths = [max(map(len, column)) for column in cells]
+    widest = widths.index(max(widths))
+    room = width - (LEFT if block.title else 0) - sum(each + GAP for each in widths) + widths[widest] + GAP
+    word = max(len(word) for cell in cells[widest] for word in cell.split())
+    cramped = len(used) > 1 and room < max(word, min(LEAST, widths[widest]))
+    shown = _stack(block, used, used[widest]) if cramped else _grid(block, used)
+    if not block.title:
+        return shown
+    return Group(Text(printable(block.title), style="bold"), Padding(shown, (0, 0, 0, LEFT)))
+
+
+def _grid(block: Table, used: Sequence[int]) -> RenderableType:
+    from rich import box
+    from rich.table import Table as Grid
+
+    headed = any(block.columns[number] for number in used) and not (block.title and len(used) == 1)
     grid = Grid(box=box.SIMPLE_HEAD if headed else None, show_header=headed, show_edge=False, pad_edge=False)
     for number in used:
         justify: Literal["left", "right"] = "right" if number in block.right else "left"
         grid.add_column(printable(block.columns[number]), justify=justify, overflow="fold")
     for row in block.rows:
-        grid.add_row(*(Text(printable(row[number]), style=STYLES.get(row[number], "")) for number in used))
-    if not block.title:
-        return grid
-    return Group(Text(printable(block.title), style="bold"), Padding(grid, (0, 0, 0, 2)))
+        grid.add_row(*(_cell(row[number]) for number in used))
+    return grid
+
+
+def _stack(block: Table, used: Sequence[int], widest: int) -> RenderableType:
+    """Give the widest cell of each row a line of its own, where little room is left for it beside the others."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    others = [number for number in used if number != widest]
+    rows = [block.columns, *block.rows] if any(block.columns[number] for number in used) else block.rows
+    widths = {number: max(len(printable(row[number])) for row in rows) for number in others}
+    lines: list[RenderableType] = []
+    for row in rows:
+        cells = [_cell(row[number]) for number in others]
+        for cell, number in zip(cells, others, strict=True):
+            cell.align("right" if number in block.right else "left", widths[number])
+        line, own = Text(" " * GAP).join(cells), _cell(row[widest])
+        line.rstrip()
+        first, second = (own, line) if widest == used[0] else (line, own)
+        if row is block.columns:
+            first.style = second.style = "bold"
+        lines += [first, *([Padding(second, (0, 0, 0, len(INDENT)))] if second.plain else [])]
+    return Group(*lines)
+
+
+def _cell(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(printable(text), style=STYLES.get(text, ""))
 
 
 def tell(text: str) -> None:
