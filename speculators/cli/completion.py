@@ -36,4 +36,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise click.UsageError(f"the installed version of Click knows nothing of {shell}")
-    click.echo(kind(ctx.find_root().command, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source(), nl=False)
+    script = kind(ctx.find_root().command, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source()
+    # Click's script for zsh answers the first time it is called from fpath, but not the second time.
+    click.echo(script.replace("== loadautofunc ]]", "== (loadautofunc|shfunc) ]]"), nl=False)
