@@ -11,6 +11,12 @@ from speculators.errors import printable
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many bytes of it are done, and how many there are; 0 if nobody knows."""
 
+FIGURES = 34
+"""Columns of a terminal that bytes, rate and time left take, with the blanks beside them."""
+
+SHORTEST_BAR, WIDEST_BAR = 8, 40
+"""Columns of a terminal that a bar takes; what is left of a line is for the name of the work, which is cut."""
+
 
 def unheard(task: str, done: int, total: int) -> None:
     """Tell nobody."""
@@ -24,6 +30,7 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
         return
     from rich import progress as bars
     from rich.console import Console, RenderableType
+    from rich.table import Column
 
     class Known(bars.ProgressColumn):
         """Another column, left empty where nobody knows how much there is to do."""
@@ -35,13 +42,16 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
         def render(self, task: bars.Task) -> RenderableType:
             return self.column(task) if task.total else ""
 
+    console = Console(stderr=True)
+    bar = min(WIDEST_BAR, max(console.width - FIGURES - WIDEST_BAR, SHORTEST_BAR))
+    room = max(console.width - FIGURES - bar, SHORTEST_BAR)
     columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
+        bars.TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=room)),
+        bars.BarColumn(bar),
         *map(Known, (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())),
     )
     tasks: dict[str, bars.TaskID] = {}
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    with bars.Progress(*columns, console=console, transient=True) as shown:
 
         def show(task: str, done: int, total: int) -> None:
             if task not in tasks:

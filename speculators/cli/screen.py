@@ -321,7 +321,9 @@ def _cell(text: str) -> Text:
 
 def tell(text: str) -> None:
     """Print a message on standard error; on a terminal it breaks between words, and its label is coloured."""
-    if _is_terminal(sys.stderr) and not hasattr(sys.stderr, "rich_proxied_file"):  # which bars would overwrite
+    if hasattr(sys.stderr, "rich_proxied_file"):  # bars are shown, which make room; click.echo would pass them by
+        sys.stderr.write(f"{text}\n")
+    elif _is_terminal(sys.stderr):
         _print([Line(text)], err=True)
     else:
         click.echo(text, err=True)
