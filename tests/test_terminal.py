@@ -1,6 +1,6 @@
-"""What is seen: sessions in a real terminal at two widths, what a pipe gets, and the manners of all commands.
+"""What is seen: real commands on terminals of two widths and in pipes, their variables, and what shells complete.
 
-``SPECULATORS_SNAPSHOTS=write pytest tests/test_terminal.py`` writes the snapshots anew.
+``SPECULATORS_SNAPSHOTS=write`` writes `snapshots` anew; look at what has changed before you commit it.
 """
 
 from __future__ import annotations
@@ -10,232 +10,379 @@ import json
 import os
 import pty
 import re
-import shutil
 import struct
 import subprocess
 import sys
 import termios
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
+import click
 import pyte
 import pytest
-from checkpoints import DATA, VERIFIER
+from click.testing import CliRunner
+from snippets import ROOT
+from warm import Warm
 
-from speculators import convert_model
+from speculators.cli import cli
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMAND = (sys.executable, "-m", "speculators")
-GREEN = re.compile(rb"\x1b\[[\d;]*32m")
-LONGEST = 400
-"""Lines of the terminal in which sessions are looked at."""
+WRITE = os.environ.pop("SPECULATORS_SNAPSHOTS", "") == "write"
 
-SESSIONS = {
-    "inspect": "inspect tests/data/eagle1-no-bias",
-    "dry-run": "convert tests/data/eagle1-no-bias --verifier tests/data/verifier --dry-run --no-validate",
-    "convert": "convert tests/data/eagle1-no-bias --verifier tests/data/verifier",
-    "validate": "validate converted --level structure",
-    "list": "convert --list-algorithms",
+HEAD = ("tests/data/eagle3", "--verifier", "tests/data/verifier")
+SESSION: Mapping[str, tuple[str, ...]] = {
+    "convert": ("convert", *HEAD),
+    "inspect": ("inspect", "tests/data/eagle3"),
+    "dry-run": ("convert", *HEAD, "--output-path", "planned", "--dry-run"),
+    "validate": ("validate", "converted"),
+    "list": ("convert", "--list-algorithms"),
 }
+"""Name of a snapshot → the command, in the order in which somebody would type them."""
+
+ROWS = 400
+"""Lines of the terminals, so that nothing leaves them."""
+
+COLOURS = {*range(30, 39), *range(40, 49), *range(90, 98), *range(100, 108)}
+"""Parameters of the escape sequence that sets how characters look which set a colour."""
+
+GREEN = 32
+
+HIDDEN = "\x1b[?25l"
+"""Hides the cursor, while bars move."""
+
+Finished = subprocess.CompletedProcess[str]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return the variables of a user who has set none of ours."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPECULATORS_", "COLUMNS"))}
-    return {**kept, "TERM": "xterm-256color", "LANG": "C.UTF-8"} | variables
-
-
-def on_terminal(command: str, folder: Path, columns: int = 80, **variables: str) -> tuple[str, bytes]:
-    """Run a command in a terminal; return the text on the screen at the end, and all that was sent to it."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LONGEST, columns, 0, 0))
-    arguments = [*COMMAND, *command.split()]
-    with subprocess.Popen(
-        arguments, cwd=folder, env=environment(**variables), stdin=theirs, stdout=theirs, stderr=theirs
-    ) as running:
-        os.close(theirs)
-        sent = b""
-        with suppress(OSError):  # how the end of a terminal reads
-            while data := os.read(ours, 1 << 16):
-                sent += data
-    os.close(ours)
-    assert running.returncode == 0, sent.decode()
-    screen = pyte.Screen(columns, LONGEST)
-    pyte.ByteStream(screen).feed(sent)
-    return "\n".join(line.rstrip() for line in screen.display).rstrip() + "\n", sent
-
-
-def in_pipe(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def path() -> Iterator[str]:
+    """Where the command is found."""
+    warm = Warm()
+    yield os.pathsep.join([str(warm.folder), os.environ["PATH"]])
+    warm.close()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a reader of the pages works: beside ``tests``."""
-    (tmp_path / "tests").symlink_to(DATA.parent)
+def here(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which the bundled checkpoints have the names that pages give them, on a usual terminal."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
+def piped(*arguments: str, program: tuple[str, ...] = ("speculators",), **variables: str) -> Finished:
+    """Run a command whose output goes into pipes."""
+    return subprocess.run(
+        [*program, *arguments],
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        check=False,
+    )
+
+
+def on_terminal(
+    *arguments: str,
+    columns: int = 80,
+    program: tuple[str, ...] = ("speculators",),
+    stdout: IO[str] | None = None,
+    **variables: str,
+) -> str:
+    """Run a command on a terminal, and return all that it sent there; ``stdout`` takes its results away."""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+    running = subprocess.Popen(
+        [*program, *arguments],
+        env=os.environ | variables,
+        stdin=terminal,
+        stdout=stdout or terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    sent = b""
+    try:
+        while part := os.read(master, 1 << 16):
+            sent += part
+    except OSError:  # nobody holds the terminal any more
+        pass
+    os.close(master)
+    assert running.wait() == 0, sent.decode()
+    return sent.decode()
+
+
+def seen(sent: str, columns: int) -> str:
+    """Return what a terminal shows in the end."""
+    screen = pyte.Screen(columns, ROWS)
+    pyte.Stream(screen).feed(sent)
+    return "\n".join(line.rstrip() for line in screen.display).rstrip("\n") + "\n"
+
+
 def compare(name: str, text: str) -> None:
-    """Compare a session with its snapshot, or write it where that was asked for."""
-    file = SNAPSHOTS / f"{name}.txt"
-    if os.environ.get("SPECULATORS_SNAPSHOTS") == "write":
-        SNAPSHOTS.mkdir(exist_ok=True)
-        file.write_text(text)
-    assert text == file.read_text()
+    """Hold a text to its snapshot, or write that."""
+    __tracebackhide__ = True
+    snapshot = SNAPSHOTS / f"{name}.txt"
+    if WRITE:
+        snapshot.parent.mkdir(exist_ok=True)
+        snapshot.write_text(text)
+    assert text.splitlines() == snapshot.read_text().splitlines(), f"{snapshot} differs"
+
+
+def colours(sent: str) -> set[int]:
+    """Return the colours that were set."""
+    found = re.findall(r"\x1b\[([\d;]*)m", sent)
+    return {int(number) for each in found for number in each.split(";") if number} & COLOURS
 
 
 @pytest.mark.parametrize("columns", [80, 140])
-def test_sessions_look_right_in_a_terminal(columns: int, folder: Path) -> None:
-    for name, command in SESSIONS.items():
-        text, sent = on_terminal(command, folder, columns)
+def test_a_terminal_shows_tables_that_fit(columns: int, here: Path) -> None:
+    for name, arguments in SESSION.items():
+        sent = on_terminal(*arguments, columns=columns)
 
-        compare(f"{name}-{columns}", text)
-        assert re.search(rb"\x1b\[[\d;]*m", sent), "no colours"
-
-
-def test_a_pipe_gets_lines_that_depend_on_nothing_else(folder: Path) -> None:
-    for name, command in SESSIONS.items():
-        result = in_pipe(*command.split(), folder=folder, FORCE_COLOR="", COLUMNS="40")
-
-        assert (result.returncode, result.stderr) == (0, "")
-        compare(f"{name}-pipe", result.stdout)
-        assert "\x1b" not in result.stdout
+        compare(f"{name}-{columns}", seen(sent, columns))
+        assert all(len(line) <= columns for line in re.sub(r"\x1b\[[\d;?]*\w", "", sent).splitlines())
 
 
-@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_colours_can_be_refused(variables: dict[str, str], folder: Path) -> None:
-    convert_model(DATA / "eagle1-no-bias", verifier=VERIFIER, output_path=folder / "converted", validate=False)
+def test_a_pipe_takes_plain_lines(here: Path) -> None:
+    for name, arguments in SESSION.items():
+        ran = piped(*arguments, FORCE_COLOR="1", COLUMNS="40")
 
-    _, coloured = on_terminal(SESSIONS["validate"], folder)
-    _, plain = on_terminal(SESSIONS["validate"], folder, **variables)
-
-    assert GREEN.search(coloured)
-    assert not GREEN.search(plain)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        compare(f"{name}-pipe", ran.stdout)
 
 
-def test_steps_are_told_where_they_were_asked_for(folder: Path) -> None:
-    arguments = SESSIONS["convert"].split()
+def test_a_terminal_has_what_it_can_show_and_what_was_asked_for(here: Path) -> None:
+    assert piped("convert", *HEAD, "--no-validate").returncode == 0
+    command = ("validate", "converted", "--level", "structure")
 
-    told = in_pipe(*arguments, "--no-validate", "--verbose", folder=folder)
-    failed = in_pipe(*arguments, "--verbose", folder=folder)
-    both = in_pipe(*arguments, "--verbose", "--quiet", folder=folder)
+    usual, quiet = on_terminal(*command), on_terminal(*command, "--quiet")
+    assert HIDDEN in usual
+    assert HIDDEN not in quiet
+    assert colours(usual) == colours(quiet) == {GREEN}
+    assert not colours(on_terminal(*command, NO_COLOR="1"))
+    dumb = on_terminal(*command, TERM="dumb")
+    assert "\x1b" not in dumb
+    assert "structure   passed" in dumb
 
-    assert told.returncode == 0
-    assert re.search(r"^writing \.\.\.\nwriting: .* in \d+\.\d s$", told.stderr, re.MULTILINE)
-    assert "writing" not in told.stdout
-    assert failed.returncode == 5
-    assert "Traceback (most recent call last)" in failed.stderr
-    assert "Error: converted exists and is not empty" in failed.stderr
+
+BUSY = """\
+from speculators.cli.screen import tell
+from speculators.progress import on_terminal
+with on_terminal() as progress:
+    progress("writing", 10, 20)
+    tell("Warning: it is late")
+    progress("validating", 0, 0)
+"""
+
+
+def test_a_message_makes_room_above_bars_which_are_gone_in_the_end(here: Path) -> None:
+    sent = on_terminal("-c", BUSY, program=(sys.executable,))
+
+    assert "writing" in sent
+    assert seen(sent, 80) == "Warning: it is late\n"
+
+
+NARROW = """\
+from speculators.progress import on_terminal
+with on_terminal() as progress:
+    progress("downloading model-00001-of-00030.safetensors of a repository with a long name", 10**9, 2 * 10**9)
+"""
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_of_a_long_step_the_name_is_cut_and_the_figures_are_not(columns: int, here: Path) -> None:
+    sent = on_terminal("-c", NARROW, program=(sys.executable,), columns=columns)
+
+    lines = [line for line in re.sub(r"\x1b\[[\d;?]*\w", "", sent).splitlines() if "downloading" in line]
+    assert lines
+    assert all(len(line) <= columns and "…" in line and "/2.0 GB" in line for line in lines)
+
+
+def test_results_in_a_pipe_are_plain_whatever_messages_are_shown_on(here: Path) -> None:
+    assert piped("convert", *HEAD, "--no-validate").returncode == 0
+    command = ("validate", "converted", "--level", "structure")
+
+    with Path("result").open("w") as result:
+        on_terminal(*command, stdout=result)
+
+    assert Path("result").read_text() == piped(*command).stdout
+    assert "\x1b" not in Path("result").read_text()
+
+
+def test_what_an_encoding_lacks_is_escaped(here: Path) -> None:
+    Path("頭").symlink_to(ROOT / "tests/data/eagle3")
+    cold = (sys.executable, "-m", "speculators")  # the encoding is chosen when Python starts
+
+    shown = piped("inspect", "頭", program=cold, PYTHONIOENCODING="latin-1")
+    refused = piped("inspect", "naïf", program=cold, PYTHONIOENCODING="ascii")
+    sent = on_terminal("inspect", "頭", program=cold, PYTHONIOENCODING="ascii")
+
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (0, r"\u982d")
+    assert refused.returncode == 3
+    assert "naïf" in refused.stderr or r"na\xeff" in refused.stderr  # Click takes ASCII for UTF-8 that nobody has set
+    assert "Traceback" not in refused.stderr
+    assert sent.isascii()
+    assert r"\u982d" in sent
+
+
+def test_each_step_is_said_on_standard_error_where_it_is_asked_for(here: Path) -> None:
+    quiet = piped("convert", *HEAD, "--no-validate", "--output-path", "same", "--quiet")
+    verbose = piped("convert", *HEAD, "--no-validate", "--output-path", "same", "--overwrite", "--verbose")
+    both = piped("convert", *HEAD, "--quiet", "--verbose")
+
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert verbose.stdout == quiet.stdout
+    assert re.search(r"^(\w.*) \.\.\.\n(?:.*\n)*?\1: .*\d\.\d s$", verbose.stderr, re.MULTILINE)
     assert both.returncode == 2
     assert "--quiet and --verbose contradict each other" in both.stderr
+    assert not Path("converted").exists()
 
 
-def test_a_poor_encoding_escapes_what_it_lacks(folder: Path) -> None:
-    shutil.copytree(DATA / "eagle1-no-bias", folder / "深-head")
+def test_where_an_error_comes_from_is_said_where_it_is_asked_for(here: Path) -> None:
+    usual, verbose = piped("inspect", "./nowhere"), piped("inspect", "./nowhere", "--verbose")
 
-    result = in_pipe("inspect", "深-head", folder=folder, PYTHONIOENCODING="cp1252")
-
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("\\u6df1-head\n")
-
-
-def test_a_variable_stands_between_the_default_and_what_is_typed(folder: Path) -> None:
-    arguments = (*SESSIONS["convert"].split(), "--no-validate")
-
-    named = in_pipe(*arguments, folder=folder, SPECULATORS_CONVERT_OUTPUT_PATH="named", SPECULATORS_JSON="1")
-    typed = in_pipe(*arguments, "--output-path", "typed", folder=folder, SPECULATORS_CONVERT_OUTPUT_PATH="unused")
-
-    assert json.loads(named.stdout)["output_path"] == "named"
-    assert typed.returncode == 0
-    assert sorted(path.name for path in folder.iterdir() if path.name != "tests") == ["named", "typed"]
+    assert "Traceback" not in usual.stderr
+    assert verbose.stderr.startswith("Traceback (most recent call last):\n")
+    assert verbose.stderr.endswith(usual.stderr)
+    assert (verbose.returncode, verbose.stdout) == (usual.returncode, usual.stdout) == (3, "")
 
 
-def test_a_bad_value_names_its_variable_and_no_secret_is_shown(folder: Path) -> None:
-    secret = {"SPECULATORS_TOKEN": "hf_s3cret"}
+def test_a_typed_option_beats_a_variable_and_that_a_default(here: Path) -> None:
+    command = ("convert", *HEAD, "--no-validate")
+    variable = {"SPECULATORS_CONVERT_OUTPUT_PATH": "set", "SPECULATORS_JSON": "1"}
 
-    bad = in_pipe("convert", "x", folder=folder, SPECULATORS_CONVERT_ALGORITHM_KWARGS="{", **secret)
-    shown = in_pipe("convert", "--help", folder=folder, **secret)
-
-    assert bad.returncode == 2
-    assert "SPECULATORS_CONVERT_ALGORITHM_KWARGS" in bad.stderr
-    assert not [said for said in (bad, shown) if "s3cret" in said.stdout + said.stderr]
-
-
-def test_the_variable_of_plugins_is_no_option(folder: Path) -> None:
-    result = in_pipe("plugins", folder=folder, SPECULATORS_PLUGINS="hass")
-
-    assert "hass: ready" in result.stdout
-    assert "eagle3: not loaded" in result.stdout
+    assert json.loads(piped(*command, **variable).stdout)["output_path"] == "set"
+    assert json.loads(piped(*command, "--output-path", "typed", **variable).stdout)["output_path"] == "typed"
+    assert "algorithm" in json.loads(piped("inspect", "set", SPECULATORS_JSON="true").stdout)
+    validated = piped(*command[:-1], "--output-path", "unchecked", SPECULATORS_CONVERT_VALIDATE="0")
+    assert "not validated" in validated.stdout
+    typed = piped("inspect", "set", "--quiet", SPECULATORS_VERBOSE="1")  # which would contradict each other
+    assert (typed.returncode, typed.stderr) == (0, "")
 
 
-COMPLETE = """
-PATH={bin}:$PATH
-source ./script
-COMP_WORDS=({words}) COMP_CWORD={number}
+@pytest.mark.parametrize(
+    ("variable", "value", "option"),
+    [
+        pytest.param("SPECULATORS_CONVERT_ALGORITHM_KWARGS", "[", "--algorithm-kwargs", id="what Click reads"),
+        pytest.param("SPECULATORS_CONVERT_VALIDATE_LEVEL", "utmost", "--validate-level", id="what the library reads"),
+    ],
+)
+def test_a_bad_value_is_traced_to_its_variable(variable: str, value: str, option: str, here: Path) -> None:
+    ran = piped("convert", *HEAD, **{variable: value})
+
+    assert ran.returncode == 2
+    assert f"{option} is taken from {variable}" in ran.stderr
+    assert not Path("converted").exists()
+
+
+def test_variables_that_are_no_options_keep_their_meaning(here: Path) -> None:
+    ran = piped("convert", "--list-algorithms", "--json", SPECULATORS_PLUGINS="eagle3", SPECULATORS_VERSION="1.0")
+
+    assert [each["name"] for each in json.loads(ran.stdout)["algorithms"]] == ["eagle3"]
+
+
+def test_a_token_in_a_variable_is_said_and_written_nowhere(here: Path) -> None:
+    secret = "hf_s3cret0fMine"
+    variable = {"SPECULATORS_TOKEN": secret}
+
+    done = piped("convert", *HEAD, "--no-validate", "--verbose", **variable)
+    refused = piped("convert", "org/head", "--verifier", "org/base", "--offline", "--verbose", **variable)
+
+    assert done.returncode == 0
+    assert refused.returncode != 0
+    said = [done.stdout, done.stderr, refused.stdout, refused.stderr]
+    written = [file.read_bytes().decode("latin-1") for file in Path("converted").iterdir()]
+    assert written
+    assert not [each for each in [*said, *written] if secret in each]
+
+
+BASH = """\
+source speculators.bash
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
 _speculators_completion speculators
-printf '%s\\n' "${{COMPREPLY[@]}}"
+printf '%s\\n' "${COMPREPLY[@]}"
 """
 
+COMMANDS = {"convert", "validate", "inspect", "diff", "export", "plugins", "completion"}
+ALGORITHMS = ["auto", "eagle", "eagle3", "hass"]
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("speculators ex", ["export"]),
-        ("speculators convert --algorithm ''", ["auto", "eagle", "eagle3", "hass"]),
-        ("speculators convert --algorithm eagle", ["eagle", "eagle3"]),
-        ("speculators validate --level ac", ["acceptance"]),
-        ("speculators completion f", ["fish"]),
-    ],
-)
-def test_bash_completes_commands_and_installed_algorithms(words: str, expected: list[str], folder: Path) -> None:
-    (folder / "script").write_text(in_pipe("completion", "bash", folder=folder).stdout)
-    bash = COMPLETE.format(bin=Path(sys.executable).parent, words=words, number=len(words.split()) - 1)
 
-    done = subprocess.run(
-        ["bash", "-c", bash], cwd=folder, env=environment(), capture_output=True, text=True, check=True
+def test_bash_completes_what_can_be_typed(here: Path) -> None:
+    Path("speculators.bash").write_text(piped("completion", "bash").stdout)
+
+    def completed(*words: str) -> list[str]:
+        ran = piped("-euc", BASH, "bash", "speculators", *words, program=("bash", "--norc", "--noprofile"))
+        assert (ran.returncode, ran.stderr) == (0, "")
+        return ran.stdout.split()
+
+    assert set(completed("")) == COMMANDS
+    assert completed("convert", "--algorithm", "") == ALGORITHMS
+    assert completed("convert", "--algorithm", "eagle") == ["eagle", "eagle3"]
+    assert completed("validate", "converted", "--lev") == ["--level"]
+    assert completed("validate", "--level", "ac") == ["acceptance"]
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "validate", "diff", "export"])
+def test_a_shell_is_asked_for_paths_where_a_checkpoint_is_meant(command: str) -> None:
+    ran = CliRunner().invoke(cli, [], prog_name="speculators", env=asked_by("bash", "speculators", command, "conv"))
+
+    assert ran.output == "file,conv\n"
+
+
+def asked_by(shell: str, *words: str) -> dict[str, str]:
+    """Return the variables with which a shell asks for what the last of some words may become."""
+    number = words[-1] if shell == "fish" else str(len(words) - 1)
+    said = " ".join(words[:-1] if shell == "fish" else words)
+    return {"_SPECULATORS_COMPLETE": f"{shell}_complete", "COMP_WORDS": said, "COMP_CWORD": number}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_the_same(shell: str, here: Path) -> None:
+    def completed(*words: str) -> str:
+        return piped(**asked_by(shell, "speculators", *words)).stdout
+
+    script = piped("completion", shell).stdout
+    assert f"_SPECULATORS_COMPLETE={shell}_complete" in script
+    assert shell != "zsh" or "== (loadautofunc|shfunc) ]]" in script  # so that it answers more than once
+    assert set(re.findall(r"\w+", completed(""))) > COMMANDS
+    assert re.findall(r"\b(?!plain\b|_\b)[a-z]\w*", completed("convert", "--algorithm", "")) == ALGORITHMS
+
+
+def test_completing_imports_neither_plugins_nor_what_is_heavy(here: Path) -> None:
+    program = (
+        "import sys\nfrom speculators.cli import cli\ntry: cli(prog_name='speculators')\nfinally: print(*sys.modules)"
     )
 
-    assert done.stdout.split() == expected
-
-
-@pytest.mark.parametrize(
-    ("shell", "variables"),
-    [
-        ("zsh", {"COMP_WORDS": "speculators convert --algorithm ", "COMP_CWORD": "3"}),
-        ("fish", {"COMP_WORDS": "speculators convert --algorithm ", "COMP_CWORD": ""}),
-    ],
-)
-def test_other_shells_are_answered_too(shell: str, variables: dict[str, str], folder: Path) -> None:
-    script = in_pipe("completion", shell, folder=folder).stdout
-    program = Path(sys.executable).with_name("speculators")
-
-    asked = subprocess.run(
-        [program],
-        env=environment(_SPECULATORS_COMPLETE=f"{shell}_complete", **variables),
-        capture_output=True,
-        text=True,
-        check=True,
+    ran = piped(
+        program=(sys.executable, "-c", program), **asked_by("bash", "speculators", "convert", "--algorithm", "eagle3")
     )
 
-    assert "speculators" in script
-    assert re.findall(r"\b(auto|eagle3|hass)\b", asked.stdout) == ["auto", "eagle3", "hass"]
+    completed, modules = ran.stdout.splitlines()
+    loaded = set(modules.split())
+    assert completed == "plain,eagle3"
+    assert "speculators.registry" in loaded
+    assert not {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "rich"} & loaded
+    assert not [each for each in loaded if each.startswith("speculators_")]
 
 
-def test_completing_imports_nothing_heavy(folder: Path) -> None:
-    code = """
-import os, sys
-os.environ |= {"_SPECULATORS_COMPLETE": "bash_complete"}
-os.environ |= {"COMP_WORDS": "speculators convert --algorithm ", "COMP_CWORD": "3"}
-from speculators.cli import cli
-try:
-    cli(prog_name="speculators")
-except SystemExit:
-    pass
-print(sorted({"torch", "transformers", "numpy", "rich", "speculators_eagle3"} & sys.modules.keys()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+def every_command(command: click.Command, *names: str) -> Iterator[tuple[str, ...]]:
+    yield names
+    for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
+        if not inner.hidden:
+            yield from every_command(inner, *names, name)
 
-    assert done.stdout.splitlines()[-1] == "[]"
+
+@pytest.mark.parametrize("names", [*every_command(cli)], ids=" ".join)
+def test_help_has_examples_and_fits(names: tuple[str, ...]) -> None:
+    said = CliRunner().invoke(cli, [*names, "--help"], prog_name="speculators", terminal_width=80).output
+
+    assert f"Examples:\n    speculators {' '.join(names)}".rstrip() in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "..." not in said.partition("\nCommands:\n")[2]

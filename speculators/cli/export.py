@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     epilog=examples(
         """
         speculators export converted --output-path EAGLE3-head
-        speculators export converted --verifier ./Llama-3.1-8B-Instruct --output-path EAGLE-head
-        speculators export RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3 --output-path EAGLE3-head
+        speculators export converted --verifier ./base --output-path EAGLE-head
+        speculators export RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3 \\
+            --output-path EAGLE3-head
         """
     )
 )
