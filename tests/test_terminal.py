@@ -386,3 +386,16 @@ def test_help_has_examples_and_fits(names: tuple[str, ...]) -> None:
     assert f"Examples:\n    speculators {' '.join(names)}".rstrip() in said
     assert max(map(len, said.splitlines())) <= 80
     assert "..." not in said.partition("\nCommands:\n")[2]
+
+
+BLANK = """\
+from speculators.cli.screen import Screen, Table
+rows = [("draft token 1", " " * 30, "0.000")]
+Screen().show("validation/1", {}, [Table("accepted by position", ("", "", ""), rows)])
+"""
+
+
+def test_a_table_whose_widest_cells_are_blank_is_shown(here: Path) -> None:
+    sent = on_terminal("-c", BLANK, program=(sys.executable,))
+
+    assert "draft token 1" in seen(sent, 80)

@@ -268,7 +268,7 @@ def _table(block: Table, width: int) -> RenderableType | None:
     widths = [max(map(len, column)) for column in cells]
     widest = widths.index(max(widths))
     room = width - (LEFT if block.title else 0) - sum(each + GAP for each in widths) + widths[widest] + GAP
-    word = max(len(word) for cell in cells[widest] for word in cell.split())
+    word = max((len(word) for cell in cells[widest] for word in cell.split()), default=0)
     cramped = len(used) > 1 and room < max(word, min(LEAST, widths[widest]))
     shown = _stack(block, used, used[widest]) if cramped else _grid(block, used)
     if not block.title:
