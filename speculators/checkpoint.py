@@ -24,7 +24,7 @@ from speculators.sources import Access, Folder, LocalFolder, LocalLocation, find
 from speculators.sources.locations import is_name
 from speculators.sources.outlines import open_pickle_partly
 from speculators.sources.parts import Pieces, RemoteSafetensors, Whole
-from speculators.weights import Extent, SafetensorsFile, TensorInfo, WeightFile, read
+from speculators.weights import CHUNK, Extent, SafetensorsFile, TensorInfo, WeightFile, read
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ class Checkpoint:
                 yield present
         for suffix in self._formats:
             files = [name for name in self.place.listing() if name.endswith(suffix) and self.place.has(name)]
-            if others := sorted(name for name in files if not name.startswith(".") and not FOREIGN.fullmatch(name)):
+            if others := sorted(filter(may_hold_draft, files)):
                 yield others
 
     def _locate_shards(self, index: str) -> dict[str, Indexed | None]:
@@ -352,6 +352,16 @@ class Checkpoint:
         file = self._file(self._homes[name])
         return file.stretch(name, start, file.tensors[name].nbytes if stop is None else stop)
 
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[Extent | memoryview]:
+        """Yield bytes ``start`` to ``stop`` of a tensor in pieces, each of which is fetched when it is asked for.
+
+        Raises:
+            KeyError: There is no such tensor.
+            CheckpointError: The file is missing or damaged.
+        """
+        for first in range(start, stop, CHUNK):
+            yield self.stretch(name, first, min(first + CHUNK, stop))
+
     def rows(self, name: str, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor, those along its first dimension.
 
@@ -405,6 +415,11 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
     """
     with reading(name or path):
         return parse_json(read_bytes(path), name or str(path))
+
+
+def may_hold_draft(name: str) -> bool:
+    """Tell whether a weight file may be a draft's, by its name."""
+    return not name.startswith(".") and not FOREIGN.fullmatch(name)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes
@@ -78,13 +79,7 @@ def stored(checkpoint: Checkpoint, name: str, start: int = 0, info: TensorInfo |
         info: Dtype and shape of the piece; those of the whole by default.
     """
     info = info or checkpoint.info(name)
-    stop = start + info.nbytes
-
-    def chunks() -> Iterator[Chunk]:
-        for first in range(start, stop, CHUNK):
-            yield checkpoint.stretch(name, first, min(first + CHUNK, stop))
-
-    return Data(info, chunks)
+    return Data(info, partial(checkpoint.chunks, name, start, start + info.nbytes))
 
 
 def same_bytes(a: Data, b: Data, progress: Progress = unheard) -> bool:

@@ -27,14 +27,13 @@ from speculators.errors import (
 from speculators.guard import HookError
 from speculators.operations import cast, derive
 from speculators.plan import Derivation, Facts, Move, Plan, match, plan
-from speculators.progress import Progress, unheard
+from speculators.progress import Progress, adding_up, unheard
 from speculators.registry import AUTO, Algorithm, Registry
 from speculators.serving import Instructions, instructions
 from speculators.sharing import Completion, Equal, complete, settle
-from speculators.sources import Access, LocalLocation, local_path, parse
-from speculators.spec import Context
+from speculators.sources import Access
+from speculators.spec import Context, ConverterSpec
 from speculators.verifier import Verifier
-from speculators.weights import CHUNK, Chunk
 from speculators.writer import Payload
 
 if TYPE_CHECKING:
@@ -322,10 +321,7 @@ def check_arguments(
     Raises:
         SpeculatorsError: An argument is wrong by itself.
     """
-    target = local_path(output_path)
-    target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
-    places = (parse(model), parse(verifier))
-    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
+    target = output.target_of(output_path, (model, verifier))
     shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
     if validate_level is not None:
         from speculators.validation import require_level
@@ -414,11 +410,7 @@ def prepare(
     require_dtype(dtype)
     chosen = registry.recognise(source) if algorithm == AUTO else registry.get(algorithm)
     spec = chosen.spec
-    options = parse_options(chosen, algorithm_kwargs)
-    matching = match(spec.table, source.tensors)
-    context = Context(source, verifier, options, matching, dtype, spec.nested)
-    facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
-    planned = plan(spec.table, source.tensors, matching, facts, verifier.shapes)
+    context, facts, planned = examine(source, verifier, spec, parse_options(chosen, algorithm_kwargs), dtype)
     if planned.findings:
         raise MismatchError(
             f"{source.name} cannot be converted as {spec.name!r} (nothing was written):",
@@ -453,6 +445,20 @@ def prepare(
         (*facts.notes, *notes, *more),
         self_contained,
     )
+
+
+def examine(
+    source: Checkpoint, verifier: Verifier, spec: ConverterSpec, options: Any, dtype: str | None
+) -> tuple[Context, Facts, Plan]:
+    """Find out what becomes of each tensor by names and shapes; what stands in the way is among the plan's findings.
+
+    Raises:
+        SpeculatorsError: Nothing more can be found out.
+    """
+    matching = match(spec.table, source.tensors)
+    context = Context(source, verifier, options, matching, dtype, spec.nested)
+    facts = spec.examine(context) if not matching.refused else Facts({})  # an unsupported kind says all
+    return context, facts, plan(spec.table, source.tensors, matching, facts, verifier.shapes)
 
 
 def parse_options(algorithm: Algorithm, given: dict[str, Any]) -> Any:
@@ -515,13 +521,7 @@ def write(
         CheckpointError: The source was changed meanwhile.
     """
     payloads = list(payloads_of(conversion))
-    total, done = sum(payload.info.nbytes for payload in payloads), 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("writing", done, total)
-
+    report = adding_up(progress, "writing", sum(payload.info.nbytes for payload in payloads))
     written = writer.write_text(folder, output.CONFIG_FILE, conversion.config.to_json())
     written |= writer.write_bytes(folder, output.NATIVE_CONFIG_FILE, conversion.context.source.config_bytes)
     written |= writer.write_safetensors(folder, payloads, max_shard_size=max_shard_size, report=report)
@@ -544,14 +544,8 @@ def payloads_of(conversion: Conversion) -> Iterator[Payload]:
         yield _cast(Payload(made.target, *derive(made, source)), asked)
     for each in conversion.completions:
         assert weights is not None  # noqa: S101 - a completion has come from them
-        yield _cast(_cast(Payload(each.target, each.info, _parts(weights, each)), each.dtype), asked)
-
-
-def _parts(weights: Checkpoint, completion: Completion) -> Iterator[Chunk]:
-    """Yield a tensor of the verifier's in pieces, each of which is fetched just before it is written."""
-    size = completion.info.nbytes
-    for start in range(0, size, CHUNK):
-        yield weights.stretch(completion.source, start, min(start + CHUNK, size))
+        chunks = weights.chunks(each.source, 0, each.info.nbytes)
+        yield _cast(_cast(Payload(each.target, each.info, chunks), each.dtype), asked)
 
 
 def _cast(payload: Payload, dtype: str | None) -> Payload:

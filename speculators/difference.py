@@ -17,11 +17,10 @@ from speculators.converted import block_of
 from speculators.errors import AlgorithmError, CheckpointError, MismatchError, OptionError, PluginError
 from speculators.inspection import misfits_of
 from speculators.pairing import Couple, Shelf, Standard
-from speculators.plan import Facts, match, plan
 from speculators.progress import Progress, unheard
 from speculators.registry import AUTO, Algorithm, Registry
 from speculators.sources import Access
-from speculators.spec import Context, flatten
+from speculators.spec import flatten
 from speculators.verifier import Verifier
 from speculators.weights import TensorInfo
 
@@ -309,11 +308,9 @@ class _Question:
             )
             compared = SHARED if self.verifier is None else UNTOLD
         difference = _compare(compared, *(sides[self.conversion.index(side)] for side in (0, 1)))
-        return (
-            difference
-            if compared == EXPECTED
-            else replace(difference, explained=self._explained(output, algorithm, *sides))
-        )
+        if compared == EXPECTED:
+            return difference
+        return replace(difference, explained=self._explained(output, algorithm, *sides))
 
     def _explained(
         self, output: Checkpoint, algorithm: Algorithm, ours: Mapping[str, Any], theirs: Mapping[str, Any]
@@ -386,18 +383,17 @@ class _Question:
         """Return what a conversion would write now and what was written; ``None`` where the former cannot be told."""
         if self.verifier is None:
             return None
-        from speculators.convert import parse_options, require_dtype
+        from speculators.convert import examine, parse_options, require_dtype
 
         spec, said = algorithm.spec, self._converter(output)
         try:
             options = parse_options(algorithm, dict(self._options(output)))
             dtype = said.get("dtype") if isinstance(said.get("dtype"), str) else None
             require_dtype(dtype)
-            matching = match(spec.table, native.tensors)
-            context = Context(native, self.verifier, options, matching, dtype, spec.nested)
-            facts = Facts({}) if matching.refused else spec.examine(context)
-            if findings := plan(spec.table, native.tensors, matching, facts, self.verifier.shapes).findings:
-                raise MismatchError(f"{native.name} cannot be converted as {spec.name!r} with this verifier:", findings)
+            context, facts, planned = examine(native, self.verifier, spec, options, dtype)
+            if planned.findings:
+                what = f"{native.name} cannot be converted as {spec.name!r} with this verifier:"
+                raise MismatchError(what, planned.findings)
             config, _ = spec.configure(context, facts)
         except (CheckpointError, OptionError, PluginError) as error:
             self.notes.append(f"what a conversion would write cannot be told: {error}")

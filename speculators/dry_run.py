@@ -1,19 +1,21 @@
 """Work out a whole conversion, and write nothing.
 
 Everything is done that `convert_model` does, by the same functions, up to where bytes would be written: tensors that
-are made or cast are made and cast, and thrown away. What is copied as it is, is not read.
+are made or cast are made and cast, and thrown away. What is copied as it is, is
+read only where its values are looked at.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators import dtypes, output, writer
+from speculators import output, writer
 from speculators.checkpoint import Checkpoint
 from speculators.convert import (
     Conversion,
@@ -27,13 +29,13 @@ from speculators.convert import (
 )
 from speculators.errors import ValidationError
 from speculators.plan import Derivation
-from speculators.progress import Progress, unheard
+from speculators.progress import Progress, adding_up, unheard
 from speculators.registry import AUTO, Registry
 from speculators.serving import Instructions, instructions
 from speculators.sources import Access
 from speculators.spec import Context, StatedAs
 from speculators.verifier import Verifier
-from speculators.weights import Extent, TensorInfo, pieces, read
+from speculators.weights import Chunk, Extent, TensorInfo, read
 from speculators.writer import Payload
 
 if TYPE_CHECKING:
@@ -285,19 +287,25 @@ def _try(payloads: Iterable[Payload], conversion: Conversion, progress: Progress
     Raises:
         SpeculatorsError: Something cannot be made or cast, or is no number.
     """
+    from speculators.validation import unsound
+
     copied = {move.target: move.info for move in conversion.moves}
     tried = [payload for payload in payloads if sound or payload.info is not copied.get(payload.name)]
-    total, done, unsound = sum(payload.info.nbytes for payload in tried), 0, []
+    report, found = adding_up(progress, "trying", sum(payload.info.nbytes for payload in tried)), []
     for payload in tried:
-        count = 0
-        for chunk in payload.chunks:
-            done += chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes
-            if sound and payload.info.dtype in dtypes.FLOATS:
-                count += sum(dtypes.count_unsound(piece, payload.info.dtype) for piece in pieces(chunk))
-            progress("trying", done, total)
-        unsound += [f"{payload.name} holds {count} values that are NaN or infinite"] if count else []
-    if unsound:
-        raise ValidationError(f"the converted model would fail validation: {'; '.join(unsound)}")
+        chunks = _reported(payload.chunks, report)
+        if sound:
+            found.append(unsound(payload.name, payload.info.dtype, chunks))
+        else:
+            deque(chunks, maxlen=0)
+    if any(found):
+        raise ValidationError(f"the converted model would fail validation: {'; '.join(filter(None, found))}")
+
+
+def _reported(chunks: Iterable[Chunk], report: Callable[[int], object]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        yield chunk
+        report(chunk.size if isinstance(chunk, Extent) else memoryview(chunk).nbytes)
 
 
 def _validate(conversion: Conversion, target: Path, level: str) -> Report:

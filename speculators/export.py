@@ -19,9 +19,9 @@ from speculators.checkpoint import FORMATS, INDEX, Checkpoint, parse_json, read_
 from speculators.converted import algorithm_of, verifier_of
 from speculators.errors import CheckpointError, OptionError, OutputError
 from speculators.operations import cast
-from speculators.progress import Progress, unheard
+from speculators.progress import Progress, adding_up, unheard
 from speculators.registry import Registry
-from speculators.sources import Access, LocalLocation, local_path, parse
+from speculators.sources import Access
 from speculators.sources.locations import is_name
 from speculators.traces import Trace
 from speculators.validation import check_files
@@ -205,9 +205,7 @@ def export_model(
         if asked not in known:
             raise OptionError(f"{asked!r} is none of {', '.join(filter(None, known))}")
     shard_size = None if max_shard_size is None else writer.parse_size(max_shard_size)
-    target, places = local_path(output_path), [parse(each) for each in (converted, verifier) if each is not None]
-    target = target.resolve() if ".." in target.parts else target
-    output.check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
+    target = output.target_of(output_path, [each for each in (converted, verifier) if each is not None])
     output.check_vacant(target)
     access = Access(token, cache_dir, offline, progress)
     found = Checkpoint.at(converted, access)
@@ -227,13 +225,7 @@ def export_model(
         raise OptionError(f"{file} is written as one file; pass --weights safetensors for shards")
     with output.staged(target) as folder, output.writing(target):
         payloads = list(export.payloads())
-        total, done = sum(payload.info.nbytes for payload in payloads), 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            progress("writing", done, total)
-
+        report = adding_up(progress, "writing", sum(payload.info.nbytes for payload in payloads))
         writer.write_bytes(folder, output.CONFIG_FILE, export.config)
         sharded = len(writer.write_safetensors(folder, payloads, max_shard_size=shard_size, report=report)) > 1
         if not sharded:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators import dtypes, provenance
-from speculators.checkpoint import FOREIGN, FORMATS, Checkpoint
+from speculators.checkpoint import FORMATS, Checkpoint, may_hold_draft
 from speculators.config import MODEL_TYPE_KEY, SpeculatorConfig
 from speculators.converted import block_of, reference_of
 from speculators.errors import CheckpointError, SpeculatorsError
@@ -252,6 +252,7 @@ def inspect_model(
         for each in settings
         if len(each.values) > 1
     ]
+    tallies = _tallies(tensors)
     return Inspection(
         source=checkpoint.name,
         kind=kind,
@@ -261,9 +262,9 @@ def inspect_model(
         broken=tuple(map(str, registry.broken)),
         format=said,
         files=files,
-        dtypes=_tallies(tensors),
-        parameters=sum(each.numbers for each in _tallies(tensors) if _is_floating(each.dtype)),
-        bytes=sum(info.nbytes for info in tensors.values()),
+        dtypes=tallies,
+        parameters=sum(each.numbers for each in tallies if _is_floating(each.dtype)),
+        bytes=sum(each.bytes for each in tallies),
         tensors=tensors,
         settings=settings,
         verifier=verifier,
@@ -290,8 +291,7 @@ def _beside(checkpoint: Checkpoint, files: tuple[WeightFile, ...]) -> list[str]:
     if not files or checkpoint.place.file is not None:
         return []
     others = [name for name in checkpoint.place.listing() if Path(name).suffix in FORMATS and name not in read]
-    shown = [name for name in others if not name.startswith(".") and not FOREIGN.fullmatch(name)]
-    return [f"{name} lies beside the weights that are read, and is not" for name in shown]
+    return [f"{name} lies beside the weights that are read, and is not" for name in filter(may_hold_draft, others)]
 
 
 def _tallies(tensors: Mapping[str, TensorInfo]) -> tuple[Tally, ...]:

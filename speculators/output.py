@@ -26,6 +26,7 @@ from speculators import locks
 from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import OutputError
 from speculators.locks import WINDOWS
+from speculators.sources import LocalLocation, local_path, parse
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -93,6 +94,24 @@ def check_target(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is where a disk is mounted, which cannot be replaced; name a folder in it")
 
 
+def target_of(output_path: str | Path, read: Iterable[str | Path]) -> Path:
+    """Return the folder that a user means by an output path, which no output of what is read may lie in or hold.
+
+    Args:
+        output_path: As the user gave it.
+        read: What is read, as the user gave it.
+
+    Raises:
+        OutputError: As `check_target` says.
+        CheckpointError: One of ``read`` is no place.
+    """
+    target = local_path(output_path)
+    target = target.resolve() if ".." in target.parts else target  # what is hidden lies beside the folder that is meant
+    places = [parse(each) for each in read]
+    check_target(target, [place.path for place in places if isinstance(place, LocalLocation)])
+    return target
+
+
 def check_vacant(path: Path) -> None:
     """Refuse a path at which something stands that nothing may replace, before any work is done.
 
@@ -147,14 +166,22 @@ def check_replaceable(path: Path, overwrite: bool, name: Path | None = None) -> 
         raise OutputError(
             f"{name} has {', '.join(others[:3])} beside a converted model and is not overwritten; move it away first"
         )
-    try:
-        config = json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or MODEL_TYPE_KEY not in config:
+    config = b""
+    with suppress(OSError):
+        config = (path / CONFIG_FILE).read_bytes()
+    if not is_converted(config):
         raise OutputError(
             f"{name} holds something other than a converted model and is not overwritten; move it away first"
         )
+
+
+def is_converted(config: bytes) -> bool:
+    """Tell whether the content of a ``config.json`` is that of a converted model."""
+    try:
+        found = json.loads(config)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and MODEL_TYPE_KEY in found
 
 
 def check_writable(path: Path, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from speculators.comparing import Data, measure, same_bytes, stored
 from speculators.errors import SpeculatorsError
 from speculators.operations import derive
 from speculators.plan import Derivation, Matching, Rework, match
-from speculators.table import Merge, Rename, Shared, Split, Table, fill
+from speculators.table import Merge, Shared, Split, Table, fill
 from speculators.weights import TensorInfo
 
 if TYPE_CHECKING:
@@ -112,16 +112,9 @@ class Standard:
     verifier: Verifier | None = None
     asked: frozenset[str] = frozenset()
 
-    def row(self, target: str) -> tuple[Rename, tuple[int, ...]] | None:
-        """Return the row that writes ``target``, and the numbers in its places."""
-        for row in self.table.moving:
-            if found := row.as_output().regex.fullmatch(target):
-                return row, tuple(map(int, found.groups()))
-        return None
-
     def left(self, half: Half, target: str) -> tuple[str, bool]:
         """Say why an output may lack a tensor that its source has, and whether that explains it."""
-        found = self.row(target)
+        found = self.table.writer_of(target)
         if found is None:
             return "", False
         row, _ = found
@@ -170,7 +163,7 @@ def of_outputs(a: Shelf, b: Shelf, standard: Standard) -> list[Couple]:
     couples = []
     for couple in by_name(a, b):
         half, lacking = (couple.a, "B") if couple.b is None else (couple.b, "A")
-        found = standard.row(half.names[0]) if half and not (couple.a and couple.b) else None
+        found = standard.table.writer_of(half.names[0]) if half and not (couple.a and couple.b) else None
         if half is None or found is None or not isinstance(found[0], Shared):
             couples.append(couple)
             continue
@@ -267,7 +260,7 @@ def _fate(name: str, matching: Matching) -> tuple[str, bool]:
 
 def _made(native: Shelf, output: Shelf, target: str, matching: Matching, standard: Standard) -> Couple:
     """Pair a tensor that only an output has with what it was made from."""
-    half, found = output.half(target), standard.row(target)
+    half, found = output.half(target), standard.table.writer_of(target)
     if found is None:
         return Couple(None, half, "no row of the table writes it")
     row, numbers = found

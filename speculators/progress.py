@@ -22,10 +22,27 @@ def unheard(task: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
+def adding_up(progress: Progress, task: str, total: int) -> Callable[[int], None]:
+    """Return what is told how many bytes more of a task are done, and passes on how many are by then."""
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(task, done, total)
+
+    return report
+
+
+def _is_shown(quiet: bool) -> bool:
+    """Tell whether somebody sees what is shown on standard error, and wants to."""
+    return not quiet and sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextmanager
 def on_terminal(quiet: bool = False) -> Iterator[Progress]:
     """Show bytes, rate and time left where standard error is a terminal, and nothing in a pipe."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if not _is_shown(quiet):
         yield unheard
         return
     from rich import progress as bars
@@ -62,8 +79,11 @@ def on_terminal(quiet: bool = False) -> Iterator[Progress]:
 
 
 @contextmanager
-def counted_on_terminal(task: str, total: int) -> Iterator[Callable[[], object]]:
-    """Show on a terminal how many of some things are done; yield what is called when one is."""
+def counted_on_terminal(task: str, total: int, quiet: bool = False) -> Iterator[Callable[[], object]]:
+    """Show on a terminal, as `on_terminal` does, how many of some things are done; yield what is called when one is."""
+    if not _is_shown(quiet):
+        yield lambda: None
+        return
     from rich import progress as bars
     from rich.console import Console
 

@@ -1,12 +1,11 @@
 """Push an output to a repository of the Hub, in one commit, through huggingface_hub.
 
-What can be known before a conversion is asked before it. A repository is treated as a folder here is: a converted
-model in it is replaced, anything else is left alone, and so is a card that somebody has changed.
+What can be known before a conversion is asked before it. A repository is treated as a folder here is: a model in it
+that a conversion wrote is replaced, anything else is left alone, and so is a card that somebody has changed.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from speculators import __version__
-from speculators.config import MODEL_TYPE_KEY
 from speculators.errors import ENVIRONMENT, CheckpointError, PublishError, UploadError, described
-from speculators.output import CARD_FILE, CONFIG_FILE, OWN_FILES, PROVENANCE_FILE, is_unchanged
+from speculators.output import CARD_FILE, CONFIG_FILE, OWN_FILES, PROVENANCE_FILE, is_converted, is_unchanged
 from speculators.sources import Access, HubLocation, parse
 from speculators.sources.locations import hub_endpoint, redacted_text
 from speculators.sources.remote import FIRST_RETRIES, TransientError, patiently
@@ -179,7 +177,7 @@ class Destination:
         """Look at what is in the repository.
 
         Raises:
-            PublishError: Something else than a converted model is, or it is public and should be private.
+            PublishError: Something else than a model that a conversion wrote is, or it is public and should be private.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -202,7 +200,7 @@ class Destination:
                 f"{self.location.page} has {_listed(sorted(others))}, which engines would load beside a converted "
                 "model; name another repository"
             )
-        if written and not (CONFIG_FILE in written and _is_converted(self._read(CONFIG_FILE, info.sha))):
+        if written and not (CONFIG_FILE in written and is_converted(self._read(CONFIG_FILE, info.sha))):
             raise PublishError(f"{self.location.page} holds something other than a converted model; name another one")
         if written and PROVENANCE_FILE not in written:
             raise PublishError(
@@ -291,14 +289,6 @@ def _parse(repository: str) -> HubLocation:
     except (CheckpointError, HFValidationError):
         pass
     raise PublishError(f"{redacted_text(text)!r} is no repository that can be pushed to; expected org/name")
-
-
-def _is_converted(config: bytes) -> bool:
-    try:
-        found = json.loads(config)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and MODEL_TYPE_KEY in found
 
 
 def _listed(names: list[str]) -> str:

@@ -392,10 +392,18 @@ class Table:
         Raises:
             KeyError: No row writes it.
         """
+        found = self.writer_of(target)
+        if found is None:
+            raise KeyError(target)
+        row, numbers = found
+        return fill(row.name, numbers)
+
+    def writer_of(self, target: str) -> tuple[Rename, tuple[int, ...]] | None:
+        """Return the row that writes ``target``, and the numbers in its places; ``None`` when none does."""
         for row in self.moving:
             if found := row.as_output().regex.fullmatch(target):
-                return fill(row.name, tuple(map(int, found.groups())))
-        raise KeyError(target)
+                return row, tuple(map(int, found.groups()))
+        return None
 
     def pieces(self, target: str) -> tuple[Merge, ...]:
         """Return the rows of the tensors that make up ``target``, in order."""

@@ -7,7 +7,7 @@ the source is known, what it computes in its training code's semantics is what t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from speculators.registry import Registry
 from speculators.sources import Access
 from speculators.table import Table
 from speculators.verifier import Verifier
-from speculators.weights import TensorInfo, pieces
+from speculators.weights import Chunk, TensorInfo, pieces
 
 if TYPE_CHECKING:
     from speculators.acceptance import Acceptance, Continuation
@@ -333,8 +333,8 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
 
     from speculators import parity
 
-    if unsound := _unsound(output.converted):
-        return [Check("forward", False, f"{unsound}: the weights are unsound")]
+    if found := _unsound(output.converted):
+        return [Check("forward", False, f"{found}: the weights are unsound")]
     verifier = output.verifier
     _, positions = stated(output.spec, output.config)
     batches = parity.batches(verifier.vocab_size, positions or verifier.max_positions or 0)
@@ -366,13 +366,16 @@ def check_forward(output: _Output, conversion: Conversion | None, device: str) -
 
 def _unsound(converted: Checkpoint) -> str:
     """Say which weights hold values that are no numbers; nothing when all are."""
-    found = []
-    for name, info in converted.tensors.items():
-        if info.dtype in dtypes.FLOATS:
-            chunk = converted.stretch(name)
-            if count := sum(dtypes.count_unsound(piece, info.dtype) for piece in pieces(chunk)):
-                found.append(f"{name} holds {count} values that are NaN or infinite")
-    return "; ".join(found)
+    found = (unsound(name, info.dtype, [converted.stretch(name)]) for name, info in converted.tensors.items())
+    return "; ".join(filter(None, found))
+
+
+def unsound(name: str, dtype: str, chunks: Iterable[Chunk]) -> str:
+    """Say how many values of a tensor are no numbers; nothing when all are. Reads all chunks in any case."""
+    count = 0
+    for chunk in chunks:
+        count += sum(dtypes.count_unsound(piece, dtype) for piece in pieces(chunk)) if dtype in dtypes.FLOATS else 0
+    return f"{name} holds {count} values that are NaN or infinite" if count else ""
 
 
 def _check_parity(

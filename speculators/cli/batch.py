@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
-from speculators.cli.options import FILE
-from speculators.cli.screen import Block, Line, Screen, Table
+from speculators.cli.options import FILE, with_options
+from speculators.cli.screen import Block, Line, Screen, Table, tell
 from speculators.errors import printable
 from speculators.executors import CLUSTERS, LOCAL, default_workers
 
@@ -46,8 +45,8 @@ def from_file(command: Command) -> Command:
             raise click.UsageError(f"{_flags(stray)} belongs beside --from-file")
         return command(screen, *arguments, **options)
 
-    decorated: Any = either
-    options = (
+    return with_options(
+        cast("Command", either),
         click.option(
             "--from-file", type=FILE, metavar="FILE", help="Convert what a YAML file of jobs names, many at a time."
         ),
@@ -61,10 +60,6 @@ def from_file(command: Command) -> Command:
         ),
         click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler, as tcp://host:8786."),
     )
-    for option in reversed(options):
-        decorated = option(decorated)
-    result: Command = decorated
-    return result
 
 
 def _given(*sources: ParameterSource) -> set[str]:
@@ -111,17 +106,15 @@ def _told(screen: Screen, total: int) -> Iterator[Callable[[JobOutcome], object]
     """Show on standard error how many jobs are done: a bar on a terminal, lines where each step was asked for."""
     from speculators.progress import counted_on_terminal
 
-    if screen.verbose and not screen.quiet:
-        yield lambda outcome: click.echo(printable(f"job {outcome.number} of {total}: {_said(outcome)}"), err=True)
-    elif screen.quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda outcome: None
-    else:
-        with counted_on_terminal("converting", total) as advance:
-            yield lambda outcome: advance()
+    def say(outcome: JobOutcome) -> None:
+        done = f"{outcome.outcome} {outcome.output_path} in {outcome.seconds:.1f} s"
+        tell(printable(f"job {outcome.number} of {total}: {done}"))
 
-
-def _said(outcome: JobOutcome) -> str:
-    return f"{outcome.outcome} {outcome.output_path} in {outcome.seconds:.1f} s"
+    if screen.verbose:
+        yield say
+        return
+    with counted_on_terminal("converting", total, screen.quiet) as advance:
+        yield lambda outcome: advance()
 
 
 def as_json(result: BatchResult) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,30 +35,6 @@ if TYPE_CHECKING:
     from speculators.dry_run import PlannedConversion, PlannedTensor
     from speculators.registry import Algorithm
     from speculators.serving import Instructions
-
-ARGUMENTS = frozenset(
-    {
-        "model",
-        "verifier",
-        "algorithm",
-        "output_path",
-        "validate_device",
-        "validate",
-        "validate_level",
-        "dtype",
-        "max_shard_size",
-        "overwrite",
-        "self_contained",
-        "push_to_hub",
-        "private",
-        "token",
-        "cache_dir",
-        "offline",
-        "progress",
-        "registry",
-    }
-)
-"""Names of `convert_model`'s own arguments."""
 
 
 @click.command(
@@ -140,7 +116,9 @@ def convert(
         raise click.UsageError("MODEL is missing; it is the draft checkpoint")
     if verifier is None:
         raise click.UsageError("--verifier is missing; it is the base model that MODEL drafts for")
-    refuse_clashes(algorithm_kwargs, ARGUMENTS)
+    from speculators.convert import convert_model
+
+    refuse_clashes(algorithm_kwargs, convert_model)
     if arguments["push_to_hub"] is None and not was_typed("private"):
         arguments["private"] = False  # a variable says it of all that is pushed
     if dry_run:
@@ -150,8 +128,6 @@ def convert(
             planned = plan_conversion(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
         screen.show("plan/1", planned.to_dict(), plan_blocks(planned))
         return
-    from speculators.convert import convert_model
-
     try:
         with screen.progress() as progress:
             result = convert_model(model, verifier=verifier, progress=progress, **arguments, **algorithm_kwargs)
@@ -194,8 +170,8 @@ def plan_blocks(planned: PlannedConversion) -> Iterator[Block]:
     options = [(option.name, json.dumps(option.value), option.origin) for option in planned.options]
     yield Table("options", ("option", "value", "from"), options)
     for fate, titled in FATES.items():
-        if rows := [_planned(tensor) for tensor in planned.tensors if tensor.fate == fate]:
-            yield _without_empty(titled, rows)
+        rows = [_planned(tensor) for tensor in planned.tensors if tensor.fate == fate]
+        yield Table(titled, ("tensor", "dtype", "shape", "size", "why"), rows, right=frozenset({3}))
     yield from (Line(f"note: {note}") for note in planned.notes)
     yield Table(
         "files",
@@ -225,9 +201,6 @@ FATES = {
 }
 """Fate of a tensor → the title of the table of those that share it."""
 
-PLANNED = ("tensor", "dtype", "shape", "size", "why")
-"""Columns of these tables, of which those are shown that are not empty."""
-
 
 def _planned(tensor: PlannedTensor) -> tuple[str, ...]:
     target = [] if tensor.target is None else [tensor.target]
@@ -236,14 +209,6 @@ def _planned(tensor: PlannedTensor) -> tuple[str, ...]:
     dtype = f"{tensor.stored}->{tensor.dtype}" if cast else tensor.dtype or tensor.stored or ""
     shape = "" if tensor.shape is None else f"[{', '.join(map(str, tensor.shape))}]"
     return " -> ".join(names), dtype, shape, "" if tensor.dtype is None else screens.size(tensor.bytes), tensor.why
-
-
-def _without_empty(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    shown = [number for number in range(len(PLANNED)) if any(row[number] for row in rows)]
-    right = frozenset(place for place, number in enumerate(shown) if PLANNED[number] == "size")
-    return Table(
-        title, [PLANNED[number] for number in shown], [[row[number] for number in shown] for row in rows], right=right
-    )
 
 
 def serving_blocks(serving: Instructions) -> Iterator[Block]:

@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from inspect import getfullargspec
 from typing import Any, TypeVar
 
 import click
@@ -94,7 +95,8 @@ def algorithm_kwargs(text: str) -> Callable[[Command], Command]:
 
 def reaching(command: Command) -> Command:
     """Add the options that say how places on other machines are reached."""
-    options = (
+    return with_options(
+        command,
         click.option(
             "--token",
             type=Word("token"),
@@ -114,14 +116,19 @@ def reaching(command: Command) -> Command:
             help="Use nothing but the cache, as HF_HUB_OFFLINE=1 says for all.",
         ),
     )
+
+
+def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """Add options to a command, which help lists in this order."""
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def refuse_clashes(algorithm_kwargs: Mapping[str, Any], arguments: frozenset[str]) -> None:
+def refuse_clashes(algorithm_kwargs: Mapping[str, Any], function: Callable[..., Any]) -> None:
     """Refuse options of an algorithm that are called like arguments of the function they are handed to."""
-    clash = sorted(algorithm_kwargs.keys() & arguments)
+    named = getfullargspec(function)
+    clash = sorted(algorithm_kwargs.keys() & {*named.args, *named.kwonlyargs})
     if clash:
         raise click.UsageError(f"--algorithm-kwargs holds {', '.join(clash)}, which no algorithm may take")
 

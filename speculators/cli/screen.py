@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
+from speculators.cli.options import with_options
 from speculators.errors import printable
 from speculators.json_files import strict
 from speculators.progress import Progress, on_terminal
@@ -174,8 +175,8 @@ def manners(command: Command) -> Command:
         with _talkative() if verbose else nullcontext():
             return command(Screen(quiet, verbose, as_json), *arguments, **options)
 
-    decorated: Any = polite
-    options = (
+    return with_options(
+        cast("Command", polite),
         click.option(
             "--quiet", is_flag=True, envvar="SPECULATORS_QUIET", help="Show no progress; warnings and errors stay."
         ),
@@ -184,10 +185,6 @@ def manners(command: Command) -> Command:
         ),
         click.option("--json", "as_json", is_flag=True, envvar="SPECULATORS_JSON", help="Print the result as JSON."),
     )
-    for option in reversed(options):
-        decorated = option(decorated)
-    result: Command = decorated
-    return result
 
 
 def was_typed(option: str) -> bool:

@@ -19,24 +19,6 @@ if TYPE_CHECKING:
 BAR = 30
 """Characters of a bar that stands for everything accepted."""
 
-ARGUMENTS = frozenset(
-    {
-        "path",
-        "verifier",
-        "source",
-        "device",
-        "level",
-        "prompts",
-        "diagnose",
-        "token",
-        "cache_dir",
-        "offline",
-        "progress",
-        "registry",
-    }
-)
-"""Names of `validate_model`'s own arguments."""
-
 
 @click.command(
     epilog=examples(
@@ -74,10 +56,10 @@ def validate(
     **arguments: Any,
 ) -> None:
     """Check the converted model PATH, up to its acceptance."""
-    refuse_clashes(algorithm_kwargs, ARGUMENTS)
     from speculators import prompts as prompting
     from speculators.validation import validate_model
 
+    refuse_clashes(algorithm_kwargs, validate_model)
     given = prompting.read(prompts) if prompts else None
     with screen.progress() as progress:
         report = validate_model(
